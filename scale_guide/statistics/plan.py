@@ -1,0 +1,165 @@
+"""Which layout computes which layer pairs: a cost model over shapes and the number of processes, nothing else.
+
+With b = N / W rows per rank, widths p (target layer) and q (guide layer), per rank (DESIGN 3):
+
+    layout       elements on the wire        flops                        state (elements)
+    gather       N(p + q)                    2N^2(p + q) + 2bNp           N(p + q) + 2N^2
+    transpose    b(2p + q) + 2N^2            2bN(2p + q)                  b(p + q) + 2N^2
+    covariance   2pq + p^2 + q^2             2b(2pq + 2p^2 + q^2)         pq + p^2 + q^2, free of N
+
+A layer's share is paid once, however many pairs it is in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Side = Literal["target", "guide"]
+Node = tuple[Side, str]
+Layout = Literal["gather", "transpose", "covariance"]
+LAYOUTS: tuple[Layout, ...] = ("gather", "transpose", "covariance")
+
+FLOPS_PER_ELEMENT = 1000
+"""Multiply-adds worth one fp32 element on the wire: about 400 over gloo on two cores, 1,000 to 8,000 on GPUs."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One edge of the graph: a target layer pulled towards a guide layer with `weight`."""
+
+    target: str
+    guide: str
+    weight: float = 1.0
+
+    @property
+    def nodes(self) -> tuple[Node, Node]:
+        """The two layers it joins, with the network each belongs to."""
+        return ("target", self.target), ("guide", self.guide)
+
+    def __str__(self) -> str:
+        return f"{self.target} <- {self.guide}"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one layout costs a rank per step: elements on the wire, floating-point operations, elements kept."""
+
+    wire: float
+    flops: float
+    state: float
+
+    @property
+    def score(self) -> float:
+        """One number to compare layouts by, in flops."""
+        return self.flops + FLOPS_PER_ELEMENT * self.wire
+
+
+@dataclass(frozen=True)
+class Part:
+    """A connected part of the graph, its layout, and what each possible layout would cost."""
+
+    pairs: tuple[Pair, ...]
+    layout: Layout
+    costs: Mapping[Layout, Cost]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the statistics of one step are computed: the parts, the widths of the layers, and the sizes planned for."""
+
+    parts: tuple[Part, ...]
+    widths: Mapping[Node, int]
+    num_rows: int
+    num_processes: int
+
+    def pairs(self, layout: Layout) -> list[Pair]:
+        """Returns the pairs that `layout` computes, in the order of the map."""
+        return [pair for part in self.parts if part.layout == layout for pair in part.pairs]
+
+    def __str__(self) -> str:
+        chosen = {layout: len(self.pairs(layout)) for layout in LAYOUTS if self.pairs(layout)}
+        counts = ", ".join(f"{layout} for {count} pair{'s' * (count > 1)}" for layout, count in chosen.items())
+        return f"{counts} ({self.num_rows} rows over {self.num_processes} process{'es' * (self.num_processes > 1)})"
+
+
+def make_plan(
+    pairs: Sequence[Pair],
+    widths: Mapping[Node, int],
+    num_rows: int,
+    num_processes: int,
+    forms: Collection[str],
+    layout: Layout | Literal["auto"] = "auto",
+) -> Plan:
+    """Returns the plan of one step: every connected part of the graph with the layout that computes it.
+
+    Args:
+        pairs: Edges of the graph.
+        widths: Number of columns p or q of each layer's rows.
+        num_rows: N, rows of the global batch.
+        num_processes: W.
+        forms: What the similarity has: {"gram"} or {"gram", "feature"}.
+        layout: auto takes the cheapest by `Cost.score`; a name forces that layout.
+
+    Raises:
+        ValueError: no pairs, a pair named twice, an unknown layout, or covariance for a similarity without a feature
+            form.
+    """
+    if not pairs:
+        raise ValueError(
+            "guidance.pairs is empty: at least one target layer must be paired with a guide layer. Run "
+            "`scale-guide layers --config ...` to see both lists, or set guidance.weight to 0 to train alone."
+        )
+    twice = [str(pair) for pair in pairs if sum(p.nodes == pair.nodes for p in pairs) > 1]
+    if twice:
+        raise ValueError(f"guidance.pairs names {twice[0]!r} more than once. Give it once, with the weights added.")
+    if layout not in ("auto", *LAYOUTS):
+        raise ValueError(f"guidance.layout={layout!r} is not known. Known: auto, {', '.join(LAYOUTS)}.")
+    if layout == "covariance" and "feature" not in forms:
+        raise ValueError(
+            "guidance.layout='covariance' needs a similarity with a feature form, which this one lacks. "
+            "Use layout auto, gather or transpose."
+        )
+    allowed = [name for name in LAYOUTS if name != "covariance" or "feature" in forms]
+    parts = []
+    for connected in _connected(pairs):
+        costs = {name: _cost(name, connected, widths, num_rows, num_processes) for name in allowed}
+        chosen = min(allowed, key=lambda name: costs[name].score) if layout == "auto" else layout
+        parts.append(Part(pairs=tuple(connected), layout=chosen, costs=costs))
+    return Plan(tuple(parts), dict(widths), num_rows, num_processes)
+
+
+def _connected(pairs: Sequence[Pair]) -> list[list[Pair]]:
+    groups: list[tuple[set[Node], list[Pair]]] = []
+    for pair in pairs:
+        nodes, members = set(pair.nodes), [pair]
+        for group in [g for g in groups if g[0] & nodes]:
+            groups.remove(group)
+            nodes |= group[0]
+            members = group[1] + members
+        groups.append((nodes, members))
+    return [members for _, members in groups]
+
+
+def _cost(
+    layout: Layout, pairs: Sequence[Pair], widths: Mapping[Node, int], num_rows: int, num_processes: int
+) -> Cost:
+    nodes = {node for pair in pairs for node in pair.nodes}
+    targets = [widths[node] for node in nodes if node[0] == "target"]
+    guides = [widths[node] for node in nodes if node[0] == "guide"]
+    p, q, n = sum(targets), sum(guides), num_rows
+    b = math.ceil(n / num_processes)
+    wire: float
+    if layout == "covariance":
+        p2, q2 = sum(w**2 for w in targets), sum(w**2 for w in guides)
+        pq = sum(widths[pair.nodes[0]] * widths[pair.nodes[1]] for pair in pairs)
+        wire, flops, state = 2 * pq + p2 + q2, 2 * b * (2 * pq + 2 * p2 + q2), pq + p2 + q2
+    elif layout == "transpose":
+        grams = len(nodes) * n**2
+        wire, flops, state = b * (2 * p + q) + grams, 2 * b * n * (2 * p + q), b * (p + q) + grams
+    else:
+        grams = len(nodes) * n**2
+        wire, flops, state = n * (p + q), 2 * n**2 * (p + q) + 2 * b * n * p, n * (p + q) + grams
+    return Cost(wire=wire if num_processes > 1 else 0, flops=flops, state=state)
