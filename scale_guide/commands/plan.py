@@ -1,0 +1,86 @@
+"""scale-guide plan: what the guidance of a recipe costs per step and rank on N processes; no weights are allocated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from scale_guide.analysis.report import markdown
+from scale_guide.commands import build_task, read_recipe, trace_recipe, user_errors, variants
+from scale_guide.config import Recipe
+from scale_guide.data_order import batch_sizes
+from scale_guide.layer_map import LayerMap
+from scale_guide.objective import Similarity
+from scale_guide.statistics import Pair, Plan, make_plan
+
+EXAMPLES = 2
+BYTES = 4
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Prints the plan; returns 0."""
+    with user_errors():
+        recipe, chosen = read_recipe("plan", arguments, {"num_processes": 1})
+        guided = [r for r in variants(recipe).values() if r.guidance.weight]
+        if not guided:
+            raise ValueError("guidance.weight=0: nothing to plan without a guide. Set guidance.weight above 0.")
+        print(describe(guided[0], chosen["num_processes"]))
+    return 0
+
+
+def describe(recipe: Recipe, num_processes: int) -> str:
+    """Returns the plan as text.
+
+    Raises:
+        ValueError: sizes or layers that do not fit.
+    """
+    if num_processes < 1:
+        raise ValueError(f"--num_processes={num_processes} must be at least 1.")
+    micro_batch_size, k = batch_sizes(recipe.training.batch_size, recipe.training.micro_batch_size, num_processes)
+    layers = trace_recipe(recipe, build_task(recipe), num_examples=EXAMPLES)
+    plan = plan_of(recipe, layers, num_processes)
+    costs = [(part, part.costs[part.layout]) for part in plan.parts]
+    rows = [
+        [
+            *(part.layout, str(len(part.pairs))),
+            *(f"{cost.wire * BYTES:.3g}", f"{cost.flops:.3g}", f"{cost.state * BYTES:.3g}"),
+            ", ".join(f"{name} {other.score:.2g}" for name, other in part.costs.items()),
+        ]
+        for part, cost in costs
+    ]
+    wire, flops, state = (sum(getattr(cost, what) for _, cost in costs) for what in ("wire", "flops", "state"))
+    rows.append(["all", str(len(layers.pairs)), f"{wire * BYTES:.3g}", f"{flops:.3g}", f"{state * BYTES:.3g}", ""])
+    head = ["layout", "pairs", "bytes on the wire", "flops", "bytes of memory", "score of each layout (flops)"]
+    pairs = [[p.target, p.guide, *_widths(plan, p), f"{_floor(plan, p):.3f}"] for p in layers.pairs]
+    passes = "" if k == 1 else f" x {k} micro-batches"
+    return "\n\n".join(
+        [
+            f"{recipe.target.name} guided by {recipe.guide.name}: {recipe.training.batch_size} rows = "
+            f"{num_processes} processes{passes} x {micro_batch_size}\n{plan}",
+            "Per step and rank, in fp32:",
+            markdown(head, rows),
+            markdown(["target", "guide", "p", "q", "null floor, at most"], pairs),
+            "The null floor is the similarity of unrelated rows. Real activations lie far below this bound; training "
+            "logs the value of every pair.",
+        ]
+    )
+
+
+def plan_of(recipe: Recipe, layers: LayerMap, num_processes: int) -> Plan:
+    """Returns the statistics plan of a traced recipe."""
+    widths = {("target", la.name): la.width for la in layers.target} | {
+        ("guide", la.name): la.width for la in layers.guide
+    }
+    num_rows = max(la.num_rows for la in layers.target) // EXAMPLES * recipe.training.batch_size
+    forms = Similarity(recipe.guidance.similarity).forms
+    return make_plan(layers.pairs, widths, num_rows, num_processes, forms, recipe.guidance.layout)  # type: ignore[arg-type]
+
+
+def _widths(plan: Plan, pair: Pair) -> list[str]:
+    return [str(plan.widths[node]) for node in pair.nodes]
+
+
+def _floor(plan: Plan, pair: Pair) -> float:
+    """Returns sqrt(d_x d_y) / (N - 1) at the largest effective dimensions d that the widths allow."""
+    free = plan.num_rows - 1
+    return math.sqrt(math.prod(min(plan.widths[node], free) for node in pair.nodes)) / free

@@ -1,0 +1,83 @@
+"""scale-guide train: train the target of a recipe, or its variants one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from scale_guide.analysis import report
+from scale_guide.commands import (
+    build_guide,
+    build_network,
+    build_task,
+    read_recipe,
+    trace_recipe,
+    user_errors,
+    variants,
+)
+from scale_guide.config import Recipe
+from scale_guide.engine import Engine
+from scale_guide.run import Run
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Trains; returns 0, also when asked to stop (the state is then saved)."""
+    with user_errors():
+        recipe, _ = read_recipe("train", arguments)
+        recipes = variants(recipe)
+        engine = Engine(timeout_s=recipe.training.timeout_s, trackers=recipe.trackers, logging_dir=recipe.run_dir)
+    done: dict[str, Path] = {}
+    for name, variant in recipes.items():
+        if not _train_one(name or Path(recipe.run_dir).name, variant, engine):
+            break
+        done[name or Path(recipe.run_dir).name] = Path(variant.run_dir)
+        engine.free()
+    if engine.is_main and len(done) == len(recipes):
+        several = len(done) > 1
+        print("\n" + (report.write(done, Path(recipe.run_dir)) if several else report.table(done)), flush=True)
+    engine.close()
+    return 0
+
+
+def _train_one(label: str, recipe: Recipe, engine: Engine) -> bool:
+    """Returns whether the run is complete (False: it was asked to stop)."""
+    with user_errors():
+        run = set_up(recipe, engine)
+        finished = run.finished()
+        if finished is None:
+            run.prepare()
+    if finished is not None:
+        if engine.is_main:
+            print(f"{label}  already finished in {recipe.run_dir}: nothing to do", flush=True)
+        return True
+    if engine.is_main:
+        print(f"{label}  {_describe(run)}", flush=True)
+    return run.run(label) is not None
+
+
+def set_up(recipe: Recipe, engine: Engine) -> Run:
+    """Returns the run, checked but not prepared.
+
+    Raises:
+        ValueError: anything in the recipe that cannot work, alike on every rank.
+    """
+    task = build_task(recipe)
+    layers = trace_recipe(recipe, task)
+    target = build_network("target", recipe, task)
+    guide = None
+    if recipe.guidance.weight:
+        with engine.building_whole():
+            guide = build_guide(recipe, task, engine.device)
+    return Run(recipe, task=task, target=target, guide=guide, layers=layers, engine=engine)
+
+
+def _describe(run: Run) -> str:
+    recipe, engine = run.recipe, run.engine
+    guided = f"guided by {recipe.guide.name} in {len(run.layers.pairs)} pairs" if run.guide is not None else "unguided"
+    processes = "1 process" if engine.world_size == 1 else f"{engine.world_size} processes"
+    passes = "" if run.num_micro_batches == 1 else f" x {run.num_micro_batches} micro-batches"
+    return (
+        f"{recipe.target.name} {guided}; {run.num_steps} steps of {recipe.training.batch_size} rows = "
+        f"{processes}{passes} x {run.micro_batch_size}; {engine.name} on {engine.device.type}; "
+        f"run folder {recipe.run_dir}"
+    )

@@ -1,0 +1,342 @@
+"""The one Accelerator of a process: single process, DDP and ZeRO 0-3 behind one small interface.
+
+Everything that differs between the engines is in this file: which backend carries the messages, who synchronises
+gradients when, who clips, how a state is written and read. The rest of the package knows none of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, gather_object
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from scale_guide.launch import check_engine, check_gpus, check_trackers, deepspeed_config, wants_deepspeed
+
+
+class Engine:
+    """Wraps the Accelerator; made once per process and used again for every variant (`free` between them)."""
+
+    def __init__(self, *, timeout_s: int = 1800, trackers: Sequence[str] = (), logging_dir: str | None = None) -> None:
+        """Joins the other processes of the launch.
+
+        Args:
+            timeout_s: Seconds after which a process gives up waiting for the others.
+            trackers: Experiment trackers known to Accelerate.
+            logging_dir: Where trackers that write files put them.
+
+        Raises:
+            ValueError: a launch that this package does not run under.
+        """
+        check_trackers(trackers)
+        deepspeed, gpu = wants_deepspeed(), check_gpus()
+        if not gpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns, on every rank, that it found none
+        # Without a GPU: Accelerator(cpu=True) silently drops DeepSpeed, and DeepSpeed without a named backend makes
+        # Accelerate believe in a single process.
+        backend = {"backend": "gloo"} if deepspeed and not gpu else {}
+        self.accelerator = Accelerator(
+            cpu=not gpu and not deepspeed,
+            log_with=list(trackers) or None,
+            project_dir=logging_dir,
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s), **backend),
+                # Each rank keeps its own BatchNorm statistics, as under DeepSpeed; average_buffers() joins them.
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+            ],
+        )
+        check_engine(self.accelerator)
+        self.deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        self._launch_config = copy.deepcopy(self._plugin_config) if self.deepspeed else {}
+        self._clip_norm = 0.0
+        self._model: Any = None
+        self._optimizer: Any = None
+
+    @property
+    def rank(self) -> int:
+        """Index of this process, 0 .. world_size - 1."""
+        return int(self.accelerator.process_index)
+
+    @property
+    def world_size(self) -> int:
+        """W, the number of processes over which the engine averages gradients."""
+        return int(self.accelerator.num_processes)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return torch.device(self.accelerator.device)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the run folder."""
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def name(self) -> str:
+        """Returns single | DDP | ZeRO-0 .. ZeRO-3: what a checkpoint's format depends on."""
+        if self.deepspeed:
+            return f"ZeRO-{self._launch_config['zero_optimization']['stage']}"
+        return "single" if self.accelerator.distributed_type == DistributedType.NO else "DDP"
+
+    @property
+    def _plugin_config(self) -> dict[str, Any]:
+        config: dict[str, Any] = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        return config
+
+    # Preparing
+
+    def prepare(
+        self, target: nn.Module, optimizer: torch.optim.Optimizer, *, micro_batch_size: int, clip_norm: float = 0.0
+    ) -> nn.Module:
+        """Returns the target as the engine runs it; the optimizer is kept inside.
+
+        Args:
+            target: The network to train, on the CPU.
+            optimizer: Its optimizer. The schedule is not the engine's: see `set_learning_rate`.
+            micro_batch_size: Rows per process and forward pass.
+            clip_norm: Largest norm of the whole gradient; 0 never clips.
+
+        Raises:
+            ValueError: the DeepSpeed file asks for a clipping, accumulation or batch size other than the recipe's.
+        """
+        self._clip_norm = clip_norm
+        if self.deepspeed:
+            config = deepspeed_config(
+                self._launch_config,
+                micro_batch_size=micro_batch_size,
+                world_size=self.world_size,
+                clip_norm=clip_norm,
+            )
+            self._plugin_config.clear()
+            self._plugin_config.update(config)
+        with warnings.catch_warnings():
+            # Its successor also takes the buffers from rank 0 at the start; torch <= 2.12 does not know it.
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+            self._model, self._optimizer = self.accelerator.prepare(target, optimizer)
+        self._model.train()
+        return self._model  # type: ignore[no-any-return]
+
+    def free(self) -> None:
+        """Lets go of the model and the optimizer, so that the next variant can be prepared."""
+        self._model = self._optimizer = None
+        self.accelerator.free_memory()
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        """Returns the bare module inside a prepared one: the one to register hooks on."""
+        return self.accelerator.unwrap_model(model)  # type: ignore[no-any-return]
+
+    @contextlib.contextmanager
+    def building_whole(self) -> Iterator[None]:
+        """While inside, ZeRO-3 does not shard networks as they are built (the guide must stay whole)."""
+        if not self.deepspeed:
+            yield
+            return
+        with self.accelerator.state.deepspeed_plugin.zero3_init_context_manager(enable=False):
+            yield
+
+    # A step
+
+    def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the batch on this process's device."""
+        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+
+    def forward(self, model: nn.Module, x: Tensor) -> Any:
+        """Returns model(x), x being cast to the target's number format (DeepSpeed in bf16 casts no inputs itself)."""
+        if x.is_floating_point():
+            dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)
+            x = x.to(dtype)
+        return model(x)
+
+    @contextlib.contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        """Around forward and backward of one micro-batch of a step: gradients cross the ranks at the last alone."""
+        self.accelerator.sync_gradients = last
+        # DeepSpeed keeps its own account (no_sync is an error under ZeRO-2 and -3).
+        quiet = not last and not self.deepspeed and self.world_size > 1
+        with self._model.no_sync() if quiet else contextlib.nullcontext():
+            yield
+        self.accelerator.sync_gradients = True
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of `loss`; inside `micro_batch`. DeepSpeed also clips and updates at the last one."""
+        self.accelerator.backward(loss)
+
+    def step(self) -> None:
+        """Clips, updates the parameters and clears the gradients (DeepSpeed has done all three in `backward`)."""
+        if self.deepspeed:
+            return
+        if self._clip_norm > 0:
+            self.accelerator.clip_grad_norm_(self._model.parameters(), self._clip_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the last update was dropped because fp16 gradients overflowed."""
+        return bool(self.accelerator.optimizer_step_was_skipped)
+
+    def set_learning_rate(self, value: float) -> None:
+        """Sets the learning rate of the next update (Accelerate's schedulers would step once per process)."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = value
+
+    # Between ranks
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Returns the sum over ranks, in float64 on the engine's device. Collective."""
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        total: Tensor = self.accelerator.reduce(tensor.detach().to(self.device, wide), reduction="sum")
+        return total
+
+    def any(self, flag: bool) -> bool:
+        """Returns whether `flag` holds on any rank. Collective."""
+        return bool(self.sum(torch.tensor(float(flag))).item())
+
+    def barrier(self) -> None:
+        """Waits for every rank. Collective."""
+        self.accelerator.wait_for_everyone()
+
+    def gather_list(self, items: list[Any]) -> list[Any]:
+        """Returns the lists of every rank, joined. Collective."""
+        return list(gather_object(items))
+
+    def later(self, tensor: Tensor) -> Callable[[], list[float]]:
+        """Returns a function that gives the values of `tensor`, without waiting for what is queued after this call."""
+        if tensor.device.type != "cuda":
+            values: list[float] = tensor.tolist()
+            return lambda: values
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record()
+
+        def read() -> list[float]:
+            copied.synchronize()
+            return list(host.tolist())
+
+        return read
+
+    def average_buffers(self, model: nn.Module | None = None) -> None:
+        """Replaces the running statistics of normalisation layers by their mean over ranks. Collective.
+
+        Running statistics are linear in the batches, so averaging now and again changes nothing in the mean.
+        """
+        layers = [m for m in self.unwrap(model or self._model).modules() if isinstance(m, _NormBase)]
+        buffers = [b for m in layers for b in (m.running_mean, m.running_var) if b is not None]
+        if self.world_size == 1 or not buffers:
+            return
+        means = self.sum(torch.cat([b.flatten().double() for b in buffers])) / self.world_size
+        for buffer in buffers:
+            buffer.copy_(means[: buffer.numel()].view_as(buffer))
+            means = means[buffer.numel() :]
+
+    # State
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns the target's weights on the CPU, no two sharing memory; empty off the main rank. Collective."""
+        state = self.accelerator.get_state_dict(self._model)
+        if not self.is_main:
+            return {}
+        return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
+
+    def save_state(self, folder: Path) -> str:
+        """Writes target and optimizer into `folder`; returns "" or why this rank could not. Collective.
+
+        A full disk must not raise on one rank inside DeepSpeed's save: the others would wait for it for ever.
+        """
+        problems: list[str] = []
+        with contextlib.ExitStack() as guards:
+            if self.deepspeed:
+                writer = self._model.checkpoint_engine
+                for owner, call in ((writer, "save"), (writer, "makedirs"), (self._model, "_copy_recovery_script")):
+                    guards.enter_context(_write_errors_noted(owner, call, problems))
+            try:
+                self.accelerator.save_state(str(folder), save_latest=False)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                _note(error, problems)
+        return problems[0] if problems else ""
+
+    def load_state(self, folder: Path) -> None:
+        """Reads what `save_state` wrote. Collective."""
+        self.accelerator.load_state(str(folder))
+
+    # Trackers
+
+    def start_trackers(self, project: str, run_dir: Path, config: dict[str, Any]) -> None:
+        """Starts the recipe's experiment trackers for one run."""
+        if not self.accelerator.log_with:
+            return
+        self.accelerator.project_configuration.logging_dir = str(run_dir)
+        self.accelerator.trackers = []
+        self.accelerator.init_trackers(project, config=config)
+
+    def track(self, values: dict[str, float], step: int) -> None:
+        """Hands numbers to the trackers."""
+        if self.accelerator.log_with:
+            self.accelerator.log(values, step=step)
+
+    def finish_trackers(self) -> None:
+        """Closes the trackers of one run (not `end_training`, which also closes the process group)."""
+        for tracker in getattr(self.accelerator, "trackers", []):
+            tracker.finish()
+
+    def close(self) -> None:
+        """Leaves the process group."""
+        self.free()
+        self.accelerator.state.destroy_process_group()
+
+
+@contextlib.contextmanager
+def batch_norm_paused(model: nn.Module) -> Iterator[None]:
+    """While inside, forward passes in training mode use each batch's statistics and update no running ones."""
+    layers = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
+
+
+def _is_write_error(error: Exception) -> bool:
+    # torch's writers raise RuntimeError for a full disk; other RuntimeErrors are bugs and must be seen.
+    signs = ("inline_container", "PytorchStreamWriter", "No space left", "write()", "File too large")
+    return not isinstance(error, RuntimeError) or any(sign in str(error) for sign in signs)
+
+
+def _note(error: Exception, problems: list[str]) -> None:
+    if not _is_write_error(error):
+        raise error
+    problems.append(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+
+
+@contextlib.contextmanager
+def _write_errors_noted(owner: Any, name: str, problems: list[str]) -> Iterator[None]:
+    original = getattr(owner, name)
+
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            _note(error, problems)
+
+    setattr(owner, name, guarded)
+    try:
+        yield
+    finally:
+        delattr(owner, name)

@@ -1,0 +1,309 @@
+"""One run from its first step to its summary: data, steps, logging, evaluation, checkpoints, and leaving cleanly."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from scale_guide import tracking
+from scale_guide.checkpoint import Checkpoints, SaveError, identity, step_of
+from scale_guide.config import Recipe
+from scale_guide.data_order import TrainOrder, batch_sizes, steps_per_epoch
+from scale_guide.engine import Engine
+from scale_guide.evaluate import evaluate
+from scale_guide.guidance import Guidance
+from scale_guide.guide import Guide
+from scale_guide.layer_map import Layer, LayerMap
+from scale_guide.loading import training_steps
+from scale_guide.tasks import Batch, Task
+from scale_guide.trainer import StepLog, count_steps, guided_step, learning_rate, make_optimizer
+
+
+class Run:
+    """One run: a task, a target, perhaps a guide, trained under one engine into one run folder."""
+
+    MAX_LISTED = 100
+    """How many unreadable samples the summary names."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        task: Task,
+        target: nn.Module,
+        guide: Guide | None,
+        layers: LayerMap,
+        engine: Engine,
+    ) -> None:
+        """Checks the sizes; nothing is prepared yet.
+
+        Raises:
+            ValueError: sizes that do not fit, alike on every rank.
+        """
+        self.recipe, self.task, self.engine, self.guide, self.layers = recipe, task, engine, guide, layers
+        run_dir = Path(recipe.run_dir)
+        self.bare_target = target
+        self.folder = tracking.RunFolder(run_dir, writes=engine.is_main)
+        training = recipe.training
+        self.micro_batch_size, self.num_micro_batches = batch_sizes(
+            training.batch_size, training.micro_batch_size, engine.world_size
+        )
+        self.per_epoch = steps_per_epoch(len(task.train), training.batch_size)
+        self.num_steps = count_steps(recipe, self.per_epoch)
+        self.guide_hash = guide.fingerprint() if guide is not None else None
+        self.checkpoints = Checkpoints(
+            run_dir,
+            engine,
+            keep=training.keep_checkpoints,
+            identity=identity(recipe, engine, self.guide_hash),
+        )
+        self.unreadable: set[int] = set()
+        self.warned = False
+        self.seconds_before = 0.0
+        self.resumed: Path | None = None
+
+    def finished(self) -> dict[str, Any] | None:
+        """Returns the summary of a run that has nothing left to do, else None. Collective.
+
+        Raises:
+            ValueError: a checkpoint that does not fit this recipe.
+        """
+        self.resumed = self.checkpoints.find(self.recipe.resume)
+        complete = self.resumed is not None and step_of(self.resumed) >= self.num_steps
+        found = tracking.read_summary(self.folder.path) if complete and self.engine.is_main else None
+        summary: dict[str, Any] | None = self.engine.gather_list([found] if self.engine.is_main else [])[0]
+        return summary if summary is not None and summary["step"] == self.num_steps else None
+
+    def prepare(self) -> None:
+        """Hands the target to the engine, hooks the guidance on, resumes, and opens the run folder. Collective.
+
+        To be called after `finished`.
+
+        Raises:
+            ValueError: launch files that contradict the recipe.
+        """
+        recipe, engine = self.recipe, self.engine
+        resumed = self.resumed
+        self.target = engine.prepare(
+            self.bare_target,
+            make_optimizer(recipe.optimizer, self.bare_target),
+            micro_batch_size=self.micro_batch_size,
+            clip_norm=recipe.optimizer.clip_norm,
+        )
+        self.first_step = self.checkpoints.load(resumed) if resumed is not None else 0
+        # After prepare (ZeRO-3 wraps outputs in hooks of its own) and before the first forward.
+        self.guidance = self._guidance(self.guide) if self.guide is not None else None
+        earlier = [line for line in tracking.read_metrics(self.folder.path) if line["step"] <= self.first_step]
+        self.seconds_before = float(earlier[-1].get("seconds", 0.0)) if earlier and resumed else 0.0
+        facts = tracking.environment(
+            engine=engine.name,
+            world_size=engine.world_size,
+            batch_size=recipe.training.batch_size,
+            micro_batch_size=self.micro_batch_size,
+            num_micro_batches=self.num_micro_batches,
+            seed=recipe.training.seed,
+            guide_hash=self.guide_hash,
+            resumed_from=str(resumed) if resumed is not None else None,
+        )
+        engine.barrier()
+        self.folder.start(recipe, facts, asdict(self.layers), self.first_step)
+        engine.start_trackers("scale_guide", self.folder.path, {"recipe": str(tracking.plain(recipe))})
+
+    def _guidance(self, guide: Guide) -> Guidance:
+        recipe = self.recipe
+        return Guidance(
+            self.engine.unwrap(self.target),
+            guide,
+            pairs=self.layers.pairs,
+            target_layers=recipe.target.layers,
+            guide_layers=recipe.guide.layers,
+            overwritten=(_overwritten(self.layers.target), _overwritten(self.layers.guide)),
+            similarity=recipe.guidance.similarity,
+            weight=recipe.guidance.weight,
+            rows=recipe.guidance.rows,
+            layout=recipe.guidance.layout,
+        )
+
+    def _steps(self) -> Iterator[list[Batch]]:
+        """Yields the micro-batches of every step still to do."""
+        training, engine = self.recipe.training, self.engine
+        order = TrainOrder(
+            len(self.task.train),
+            training.batch_size,
+            micro_batch_size=self.micro_batch_size,
+            rank=engine.rank,
+            world_size=engine.world_size,
+            seed=training.seed,
+            first_step=self.first_step,
+            last_step=self.num_steps,
+        )
+        return training_steps(
+            self.task, order, num_workers=training.num_workers, pin_memory=engine.device.type == "cuda"
+        )
+
+    def run(self, label: str) -> dict[str, Any] | None:
+        """Trains to the end; returns the summary, or None when the run was asked to stop and has saved. Collective.
+
+        Raises:
+            SaveError: the last checkpoint could not be written.
+        """
+        stop = tracking.StopSignal()
+        try:
+            return self._run(label, stop)
+        finally:
+            stop.close()
+            self.engine.finish_trackers()
+            if self.guidance is not None:
+                self.guidance.close()
+
+    def _run(self, label: str, stop: tracking.StopSignal) -> dict[str, Any] | None:
+        training = self.recipe.training
+        self.began = time.perf_counter()
+        progress = tracking.Progress(
+            label,
+            first_step=self.first_step,
+            num_steps=self.num_steps,
+            batch_size=training.batch_size,
+            shown=self.engine.is_main,
+        )
+        if self.first_step:
+            progress.say(f"resumed from step {self.first_step}")
+        saved = self.first_step if self.first_step else -1
+        for step, micro_batches in enumerate(self._steps(), start=self.first_step):
+            log = self._one_step(step, micro_batches, stop)
+            done = step + 1
+            progress.advance()
+            if done % training.log_every == 0 or done == self.num_steps:
+                self._log(log, done, progress)
+            if training.evaluate_every and done % training.evaluate_every == 0 and done < self.num_steps:
+                self._validate(done, progress)
+            _, asked, unreadable = log.agreed()
+            if unreadable and not self.warned:
+                progress.say("some samples are unreadable: they have no part in training; summary.json will list them")
+                self.warned = True
+            due = training.checkpoint_every and done % training.checkpoint_every == 0
+            if (due or asked) and self.checkpoints.save(done):
+                saved = done
+            if asked or due or (training.evaluate_every and done % training.evaluate_every == 0):
+                progress.rate(done)  # rows/s are those of training alone
+            if asked and done < self.num_steps:
+                self._leave(saved, progress)
+                return None
+        if saved != self.num_steps and not self.checkpoints.save(self.num_steps):
+            raise SaveError(f"the state after the last step could not be saved in {self.folder.path}: free disk space")
+        return self._finish(progress)
+
+    def _one_step(self, step: int, micro_batches: list[Batch], stop: tracking.StopSignal) -> StepLog:
+        self.engine.set_learning_rate(self._learning_rate(step))
+        for batch in micro_batches:
+            rows = batch.pop("index")[batch["weight"] == 0]
+            self.unreadable.update(rows.tolist())
+        return guided_step(
+            micro_batches,
+            target=self.target,
+            task=self.task,
+            engine=self.engine,
+            guidance=self.guidance,
+            accumulation=self.recipe.guidance.accumulation,
+            seed=self.recipe.training.seed,
+            step=step,
+            stop=stop.requested,
+        )
+
+    def _learning_rate(self, step: int) -> float:
+        return learning_rate(self.recipe.optimizer, step, num_steps=self.num_steps, steps_per_epoch=self.per_epoch)
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.began
+
+    def _log(self, log: StepLog, done: int, progress: tracking.Progress) -> None:
+        """Writes and shows one logged step. Collective."""
+        task_loss = float(self.engine.sum(log.task_sum).item() / log.count.item())
+        line: dict[str, Any] = {
+            "step": done,
+            "epoch": done / self.per_epoch,
+            "learning_rate": self._learning_rate(done - 1),
+            "task_loss": task_loss,
+            "rows_per_s": progress.rate(done),
+            "seconds": self._seconds(),
+        }
+        if self.guidance is not None and log.guidance_loss is not None:
+            line |= {"guidance_loss": log.guidance_loss.item(), **self._guidance_values(self.guidance)}
+        if self.engine.step_was_skipped:
+            line["skipped"] = "fp16 gradients overflowed"
+        self.folder.log(line)
+        names = ["task_loss", "guidance_loss", "similarity"]
+        shown = {name: float(line[name]) for name in names if name in line}
+        progress.show(done, line["rows_per_s"], shown)
+        numbers = {name: float(value) for name, value in line.items() if isinstance(value, int | float)}
+        self.engine.track(numbers, done)
+
+    def _guidance_values(self, guidance: Guidance) -> dict[str, Any]:
+        last = guidance.last
+        square = torch.tensor(float(last["gradient_square"]), dtype=torch.float64)
+        similarities = [pair["similarity"] for pair in last["pairs"].values()]
+        return {
+            "similarity": sum(similarities) / len(similarities),
+            "pairs": last["pairs"],
+            "gradient_norm_at_activations": math.sqrt(self.engine.sum(square).item()),
+            "guidance_seconds": last["seconds"],
+            "guidance_bytes": last["bytes"],
+        }
+
+    def _validate(self, done: int, progress: tracking.Progress) -> dict[str, float]:
+        """Returns the validation scores, logged and shown. Collective."""
+        training = self.recipe.training
+        scores = evaluate(
+            self.target,
+            self.task,
+            self.engine,
+            micro_batch_size=self.micro_batch_size,
+            num_workers=training.num_workers,
+        )
+        self.folder.log({"step": done, "seconds": self._seconds(), "validation": scores})
+        self.engine.track({f"validation/{name}": value for name, value in scores.items()}, done)
+        listed = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
+        progress.say(f"step {done}/{self.num_steps}  validation  {listed}")
+        return scores
+
+    def _leave(self, saved: int, progress: tracking.Progress) -> None:
+        progress.close()
+        state = f"saved at step {saved}" if saved > 0 else "nothing could be saved"
+        progress.say(f"asked to stop: {state} in {self.folder.path}. The same command goes on from there.")
+
+    def _finish(self, progress: tracking.Progress) -> dict[str, Any]:
+        scores = self._validate(self.num_steps, progress)
+        progress.close()
+        weights = self.engine.state_dict()
+        names = self._unreadable_names()
+        summary = {
+            "finished": True,
+            "step": self.num_steps,
+            "seconds": self._seconds(),
+            "score": self.task.score,
+            "validation": scores,
+            "num_unreadable": len(names),
+            "unreadable": names[: self.MAX_LISTED],
+            "num_parameters": sum(w.numel() for w in weights.values()),
+        }
+        recipe = self.recipe
+        description = {"model": recipe.target.name, "options": recipe.target.options, "facts": self.task.facts}
+        self.folder.finish(summary, weights, description)
+        self.engine.barrier()
+        return summary
+
+    def _unreadable_names(self) -> list[str]:
+        """Returns the unreadable training samples met by any rank, by file name where the task has one. Collective."""
+        name = getattr(self.task.train, "name", str)
+        return [str(name(index)) for index in sorted(set(self.engine.gather_list(sorted(self.unreadable))))]
+
+
+def _overwritten(layers: Sequence[Layer]) -> list[str]:
+    return [layer.name for layer in layers if layer.overwritten]
