@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import logging
 import os
+import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from scale_guide.disk import note, write_errors_noted
 from scale_guide.launch import check_engine, check_gpus, check_trackers, deepspeed_config, wants_deepspeed
 
 
@@ -214,22 +217,6 @@ class Engine:
         """Returns the lists of every rank, joined. Collective."""
         return list(gather_object(items))
 
-    def later(self, tensor: Tensor) -> Callable[[], list[float]]:
-        """Returns a function that gives the values of `tensor`, without waiting for what is queued after this call."""
-        if tensor.device.type != "cuda":
-            values: list[float] = tensor.tolist()
-            return lambda: values
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        host.copy_(tensor, non_blocking=True)
-        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        copied.record()
-
-        def read() -> list[float]:
-            copied.synchronize()
-            return list(host.tolist())
-
-        return read
-
     def average_buffers(self, model: nn.Module | None = None) -> None:
         """Replaces the running statistics of normalisation layers by their mean over ranks. Collective.
 
@@ -263,11 +250,11 @@ class Engine:
             if self.deepspeed:
                 writer = self._model.checkpoint_engine
                 for owner, call in ((writer, "save"), (writer, "makedirs"), (self._model, "_copy_recovery_script")):
-                    guards.enter_context(_write_errors_noted(owner, call, problems))
+                    guards.enter_context(write_errors_noted(owner, call, problems))
             try:
                 self.accelerator.save_state(str(folder), save_latest=False)
             except (OSError, RuntimeError, SafetensorError) as error:
-                _note(error, problems)
+                note(error, problems)
         return problems[0] if problems else ""
 
     def load_state(self, folder: Path) -> None:
@@ -297,46 +284,7 @@ class Engine:
     def close(self) -> None:
         """Leaves the process group."""
         self.free()
+        gc.collect()
         self.accelerator.state.destroy_process_group()
-
-
-@contextlib.contextmanager
-def batch_norm_paused(model: nn.Module) -> Iterator[None]:
-    """While inside, forward passes in training mode use each batch's statistics and update no running ones."""
-    layers = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
-    for layer in layers:
-        layer.track_running_stats = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.track_running_stats = True
-
-
-def _is_write_error(error: Exception) -> bool:
-    # torch's writers raise RuntimeError for a full disk; other RuntimeErrors are bugs and must be seen.
-    signs = ("inline_container", "PytorchStreamWriter", "No space left", "write()", "File too large")
-    return not isinstance(error, RuntimeError) or any(sign in str(error) for sign in signs)
-
-
-def _note(error: Exception, problems: list[str]) -> None:
-    if not _is_write_error(error):
-        raise error
-    problems.append(f"{type(error).__name__}: {str(error).splitlines()[0]}")
-
-
-@contextlib.contextmanager
-def _write_errors_noted(owner: Any, name: str, problems: list[str]) -> Iterator[None]:
-    original = getattr(owner, name)
-
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return original(*args, **kwargs)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            _note(error, problems)
-
-    setattr(owner, name, guarded)
-    try:
-        yield
-    finally:
-        delattr(owner, name)
+        # gloo's threads let go of their last tensors a little later; Python gone by then is an abort (SIGABRT).
+        time.sleep(0.2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from scale_guide.layer_map import Collision, PairSpec, candidates, guidable, mak
 from scale_guide.objective import Outcome, Similarity, companions, evaluate, inject
 from scale_guide.rows import How, select
 from scale_guide.statistics import Layout, Node, Pair, Plan, Statistics, Wires, count_bytes, make_plan
+from scale_guide.stopwatch import Stopwatch
 
 
 class Guidance:
@@ -85,7 +85,7 @@ class Guidance:
             self._set_pairs([pair for pair in pairs if isinstance(pair, Pair)])
         self._step: _Step | None = None
         self._now = _MicroBatch()
-        self._clock = _Stopwatch(self.guide.device)
+        self._clock = Stopwatch(self.guide.device)
         self._figures: dict[Pair, Tensor] = {}
         self._gradient_square = torch.zeros(())
         self._num_bytes = 0
@@ -264,39 +264,6 @@ class _Step:
     outcome: Outcome | None = None
     num_collected: int = 0
     num_used: int = 0
-
-
-class _Stopwatch:
-    """Seconds spent inside its `with` blocks: by events on a GPU, which nobody waits for until they are read."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._open: list[Any] = []
-        self.restart()
-
-    def restart(self) -> None:
-        self._spans: list[tuple[Any, Any]] = []
-
-    def __enter__(self) -> None:
-        self._open.append(self._now())
-
-    def __exit__(self, *_: object) -> None:
-        start = self._open.pop()
-        if not self._open:
-            self._spans.append((start, self._now()))
-
-    def _now(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
-
-    def seconds(self) -> float:
-        if self._cuda:
-            torch.cuda.synchronize()
-            return float(sum(start.elapsed_time(end) for start, end in self._spans)) / 1000
-        return float(sum(end - start for start, end in self._spans))
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -44,6 +44,12 @@ class LayerMap:
     guide: tuple[Layer, ...]
     pairs: tuple[Pair, ...]
 
+    @property
+    def overwritten(self) -> tuple[list[str], list[str]]:
+        """The target's and the guide's layers whose output a later in-place module overwrites."""
+        ours, theirs = ([layer.name for layer in side if layer.overwritten] for side in (self.target, self.guide))
+        return ours, theirs
+
 
 def layer_pairs(num_guide: int, num_target: int) -> list[tuple[int, int]]:
     """Returns [(guide index, target index), ...], one per guide layer: the paper's even spread (Algorithm 1).

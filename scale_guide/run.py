@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from scale_guide.engine import Engine
 from scale_guide.evaluate import evaluate
 from scale_guide.guidance import Guidance
 from scale_guide.guide import Guide
-from scale_guide.layer_map import Layer, LayerMap
+from scale_guide.layer_map import LayerMap
 from scale_guide.loading import training_steps
 from scale_guide.tasks import Batch, Task
 from scale_guide.trainer import StepLog, count_steps, guided_step, learning_rate, make_optimizer
@@ -33,14 +33,7 @@ class Run:
     """How many unreadable samples the summary names."""
 
     def __init__(
-        self,
-        recipe: Recipe,
-        *,
-        task: Task,
-        target: nn.Module,
-        guide: Guide | None,
-        layers: LayerMap,
-        engine: Engine,
+        self, recipe: Recipe, *, task: Task, target: nn.Module, guide: Guide | None, layers: LayerMap, engine: Engine
     ) -> None:
         """Checks the sizes; nothing is prepared yet.
 
@@ -124,7 +117,7 @@ class Run:
             pairs=self.layers.pairs,
             target_layers=recipe.target.layers,
             guide_layers=recipe.guide.layers,
-            overwritten=(_overwritten(self.layers.target), _overwritten(self.layers.guide)),
+            overwritten=self.layers.overwritten,
             similarity=recipe.guidance.similarity,
             weight=recipe.guidance.weight,
             rows=recipe.guidance.rows,
@@ -301,9 +294,5 @@ class Run:
 
     def _unreadable_names(self) -> list[str]:
         """Returns the unreadable training samples met by any rank, by file name where the task has one. Collective."""
-        name = getattr(self.task.train, "name", str)
+        name = getattr(self.task, "sample_name", str)
         return [str(name(index)) for index in sorted(set(self.engine.gather_list(sorted(self.unreadable))))]
-
-
-def _overwritten(layers: Sequence[Layer]) -> list[str]:
-    return [layer.name for layer in layers if layer.overwritten]

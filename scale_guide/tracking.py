@@ -24,16 +24,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scale_guide.config import Recipe
+from scale_guide.disk import write_atomically
 
 PACKAGES = ("torch", "torchvision", "accelerate", "deepspeed", "transformers", "safetensors")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a small text file so that it is either the old one or the new one, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".partial")
-    draft.write_text(text)
-    draft.replace(path)
 
 
 def plain(recipe: Recipe) -> dict[str, Any]:

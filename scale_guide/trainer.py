@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from scale_guide.config import OptimizerConfig, Recipe
-from scale_guide.engine import Engine, batch_norm_paused
+from scale_guide.engine import Engine
 from scale_guide.guidance import Guidance
 from scale_guide.tasks import Batch, Task
 
@@ -62,7 +64,7 @@ def guided_step(
     """
     k = len(micro_batches)
     totals = _agree(micro_batches, task, engine, stop)
-    agreed = engine.later(totals)
+    agreed = _later(totals)
     count = totals[0].clamp_min(1)
     two_passes = guidance is not None and k > 1 and accumulation == "exact"
     if guidance is not None and two_passes:
@@ -96,6 +98,23 @@ def _agree(micro_batches: Sequence[Batch], task: Task, engine: Engine, stop: boo
     count = torch.stack([task.count(batch).double() for batch in micro_batches]).sum()
     unreadable = sum(int((batch["weight"] == 0).sum()) for batch in micro_batches if "weight" in batch)
     return engine.sum(torch.tensor([count.item(), float(stop), float(unreadable)], dtype=torch.float64))
+
+
+def _later(tensor: Tensor) -> Callable[[], list[float]]:
+    """Returns a function that gives the values of `tensor`, without waiting for what is queued after this call."""
+    if tensor.device.type != "cuda":
+        values: list[float] = tensor.tolist()
+        return lambda: values
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record()
+
+    def read() -> list[float]:
+        copied.synchronize()
+        return list(host.tolist())
+
+    return read
 
 
 def _forward(
@@ -157,3 +176,16 @@ def count_steps(recipe: Recipe, per_epoch: int) -> int:
     if num_steps < 1:
         raise ValueError(f"training: epochs={epochs}, steps={steps} makes {num_steps} steps. Give at least one step.")
     return num_steps
+
+
+@contextlib.contextmanager
+def batch_norm_paused(model: nn.Module) -> Iterator[None]:
+    """While inside, forward passes in training mode use each batch's statistics and update no running ones."""
+    layers = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True

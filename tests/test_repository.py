@@ -20,11 +20,12 @@ MAX_LINES = 300
 
 # From the bottom up: a module imports from its own layer and from those before it.
 LAYERS = [
-    {"config", "lookup", "rows"},
+    {"config", "disk", "lookup", "rows", "stopwatch"},
     {"statistics", "similarity", "models", "tasks", "activations", "guide"},
     {"objective", "layer_map", "data_order"},
     {"guidance"},
-    {"tracking", "engine"},
+    {"tracking", "launch"},
+    {"engine", "loading"},
     {"checkpoint", "evaluate"},
     {"trainer", "analysis"},
     {"run"},
@@ -35,7 +36,7 @@ LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 # Third-party module -> the parts of the package that may import it.
 ONLY = {
     "torch.distributed": {"statistics"},
-    "accelerate": {"trainer", "engine", "evaluate", "checkpoint", "tracking"},
+    "accelerate": {"engine", "launch"},
 }
 # Networks, data and measures know nothing of processes: of the package they see themselves and these.
 ALONE = {"models": {"lookup"}, "tasks": {"lookup"}, "similarity": set[str]()}

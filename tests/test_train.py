@@ -16,10 +16,9 @@ from torch import nn
 
 from scale_guide.__main__ import main
 from scale_guide.config import OptimizerConfig, Recipe, TrainingConfig
-from scale_guide.engine import batch_norm_paused
 from scale_guide.launch import deepspeed_config
 from scale_guide.tracking import read_metrics
-from scale_guide.trainer import count_steps, learning_rate, make_optimizer
+from scale_guide.trainer import batch_norm_paused, count_steps, learning_rate, make_optimizer
 
 ROOT = Path(__file__).parent.parent
 PATHS = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"

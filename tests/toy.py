@@ -28,9 +28,6 @@ class Rows:
         noise = torch.randn(12) * self.noise
         return {"input": (self.inputs[index] + noise) * weight, "target": self.targets[index], "weight": weight}
 
-    def name(self, index: int) -> str:
-        return f"row {index}"
-
 
 class Task:
     """Rows in 5 classes."""
@@ -44,6 +41,9 @@ class Task:
 
     def collate(self, samples: list[Sample]) -> Sample:
         return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+
+    def sample_name(self, index: int) -> str:
+        return f"row {index}"
 
     def count(self, batch: Sample) -> Tensor:
         return batch["weight"].double().sum()

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from scale_guide.disk import write_atomically
 from scale_guide.lookup import closest
-from scale_guide.tracking import read_metrics, read_summary, write_atomically
+from scale_guide.tracking import read_metrics, read_summary
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

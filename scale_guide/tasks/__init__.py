@@ -23,7 +23,10 @@ class SizedDataset(Sized, Protocol):
 
 
 class Task(Protocol):
-    """What is learned. Augmentation draws from torch's global generator alone, which the data order seeds."""
+    """What is learned. Augmentation draws from torch's global generator alone, which the data order seeds.
+
+    A task whose samples may be unreadable (weight 0) also has `sample_name(index) -> str`, for the summary.
+    """
 
     train: SizedDataset
     validation: SizedDataset

@@ -1,0 +1,159 @@
+"""Every shipped recipe runs: on small data of its kind in the default suite, on the real data where it is at hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import ClassLabel as Label
+from datasets import Dataset, DatasetDict, Features, Image
+from PIL import Image as Picture
+
+from scale_guide.__main__ import main
+from scale_guide.lookup import PACKAGE
+from scale_guide.tracking import read_metrics, read_summary
+
+ROOT = Path(__file__).parent.parent
+DATA = ROOT.parent / "shared" / "data"
+RECIPES = sorted(p.stem for p in (PACKAGE / "recipes").rglob("*.yaml"))
+
+
+def words(folder: Path) -> str:
+    generator = np.random.default_rng(0)
+    for name, num_lines in (("train.txt", 600), ("valid.txt", 60)):
+        lines = (" ".join(f"w{i}" for i in generator.integers(50, size=12)) for _ in range(num_lines))
+        (folder / name).write_text("\n".join(lines) + "\n")
+    return str(folder)
+
+
+def images(folder: Path) -> str:
+    generator = np.random.default_rng(0)
+    splits = {}
+    for split, count in (("train", 40), ("test", 12)):
+        pixels = generator.integers(256, size=(count, 32, 32, 3), dtype=np.uint8)
+        columns = {"img": [Picture.fromarray(p) for p in pixels], "label": [i % 3 for i in range(count)]}
+        splits[split] = Dataset.from_dict(columns, features=Features({"img": Image(), "label": Label(num_classes=3)}))
+    DatasetDict(splits).save_to_disk(str(folder / "saved"))
+    return str(folder / "saved")
+
+
+SMALL = ["--training.num_workers=0", "--training.epochs=null", "--training.steps=2", "--training.log_every=1"]
+NARROW = ["--training.batch_size=8", "--target.options.first_width=32", "--target.options.width=16"]
+OPTIONS = {
+    "quickstart": [],
+    "copy_paste_small": ["--task.options.num_train=300", "--task.options.num_validation=20"],
+    "rnn_lm_small": ["--task.options.data={words}"],
+    "deep_fcn_cifar": ["--task.options.data={images}", *NARROW],
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_trains(recipe: str, tmp_path: Path) -> None:
+    given = [option.replace("{words}", words(tmp_path)) for option in OPTIONS[recipe]]
+    given = [option.replace("{images}", images(tmp_path)) if "{images}" in option else option for option in given]
+    run = tmp_path / "run"
+    assert main(["train", "--config", recipe, "--run_dir", str(run), *SMALL, *given]) == 0
+    folders = [p.parent for p in run.rglob("summary.json")]
+    assert folders
+    for folder in folders:
+        summary = read_summary(folder)
+        assert summary is not None
+        assert summary["step"] == 2
+        losses = [line["task_loss"] for line in read_metrics(folder) if "task_loss" in line]
+        assert np.isfinite(losses).all()
+    guided = [line for folder in folders for line in read_metrics(folder) if "pairs" in line]
+    assert guided
+    assert all(np.isfinite([p["similarity"] for p in line["pairs"].values()]).all() for line in guided)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_opens_with_command_hardware_time_and_expected_result(recipe: str) -> None:
+    head = (PACKAGE / "recipes" / f"{recipe}.yaml").read_text().partition("\ntask:")[0]
+    assert head.startswith("# accelerate launch --config_file accelerate_configs/")
+    assert f"--config {recipe}" in head
+    for word in ("What:", "Hardware:", "Time:", "Expected:"):
+        assert f"# {word}" in head
+
+
+def launch(engine: str, run: Path, *options: str) -> dict[str, object]:
+    """One launch on two processes; the summary of its only run."""
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        f"accelerate_configs/{engine}.yaml",
+    ]
+    command += ["-m", "scale_guide", "train", "--run_dir", str(run), *options]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=580, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    facts = json.loads(next(run.rglob("environment.json")).read_text())
+    assert facts["world_size"] == 2
+    expected = {"cpu": "DDP"}.get(engine, engine.replace("zero", "ZeRO-"))
+    assert facts["engine"] == expected
+    summary = read_summary(next(run.rglob("summary.json")).parent)
+    assert summary is not None
+    return summary
+
+
+def needs(folder: str) -> str:
+    if not (DATA / folder).exists():
+        pytest.skip(f"the real data {folder} is not beside the repository")
+    return str(DATA / folder)
+
+
+def first_guided_losses(run: Path) -> list[float]:
+    lines = read_metrics(next(run.rglob("metrics.jsonl")).parent)
+    return [line[name] for line in lines if "guidance_loss" in line for name in ("task_loss", "guidance_loss")]
+
+
+@pytest.mark.slow
+def test_language_model_on_wikitext_under_ddp_and_zero3(tmp_path: Path) -> None:
+    options = ["--config", "rnn_lm_small", f"--task.options.data={needs('wikitext-2')}"]
+    options += ["--training.steps=4", "--training.log_every=1"]
+    losses = []
+    for engine in ("cpu", "zero3"):
+        summary = launch(engine, tmp_path / engine, *options)
+        assert summary["validation"]["word_perplexity"] < 5100  # type: ignore[index]
+        losses.append(first_guided_losses(tmp_path / engine))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["cpu", "zero2"])
+def test_images_from_parquet_and_from_folders(engine: str, tmp_path: Path) -> None:
+    few = ["--training.epochs=null", "--training.steps=2", "--training.log_every=1", "--training.batch_size=64"]
+    cifar = ["--config", "deep_fcn_cifar", f"--task.options.data={needs('cifar10')}", *few]
+    assert launch(engine, tmp_path / "cifar", *cifar, "--target.options.first_width=64")["num_unreadable"] == 0
+    # 500 validation images of 224 x 224, some of them greyscale.
+    folder = f"--task.options={{data: {needs('imagenette')}, image_size: 64}}"
+    imagenette = ["--config", "deep_fcn_cifar", folder, *few, "--target.options.first_width=64"]
+    summary = launch(engine, tmp_path / "imagenette", *imagenette)
+    assert summary["num_unreadable"] == 0
+    assert summary["validation"]["loss"] > 0  # type: ignore[index]
+
+
+def test_a_broken_image_is_named_in_the_summary_and_has_no_part(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 2)):
+        for label in ("cat", "dog"):
+            folder = tmp_path / "data" / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Picture.fromarray(generator.integers(256, size=(20, 20, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    (tmp_path / "data/train/dog/3.png").write_bytes(b"no image at all")
+    options = ["--config", "deep_fcn_cifar", f"--task.options.data={tmp_path / 'data'}", *SMALL, *NARROW]
+    options += ["--training.batch_size=12", "--guidance.weight=0"]
+    assert main(["train", "--run_dir", str(tmp_path / "run"), *options]) == 0
+    summary = read_summary(tmp_path / "run")
+    assert summary is not None
+    assert summary["num_unreadable"] == 1
+    assert summary["unreadable"][0].endswith("train/dog/3.png")
+    with pytest.raises(ValueError, match=r"dog/3\.png"):
+        main(["train", "--run_dir", str(tmp_path / "strict"), *options, "--task.options.strict_data=true"])
