@@ -29,6 +29,7 @@ class Similarity:
         self.name = name
         self.module: ModuleType = lookup.module("similarity", name)
         self.rows: str = self.module.ROWS
+        self.needs_norms = bool(getattr(self.module, "NORMS", False))
         self.forms = {form for form in ("gram", "feature") if hasattr(self.module, form)}
 
     def prepare(self, rows: Tensor) -> Tensor:
@@ -40,7 +41,7 @@ class Similarity:
         x, y = pair.nodes
         if x in matrices.grams:
             return self.module.gram(matrices.grams[x], matrices.grams[y])  # type: ignore[no-any-return]
-        extra = (_norms(matrices, pair),) if getattr(self.module, "NORMS", False) else ()
+        extra = (_norms(matrices, pair),) if self.needs_norms else ()
         blocks = matrices.features[x], matrices.crosses[pair], matrices.features[y]
         return self.module.feature(*blocks, *extra)  # type: ignore[no-any-return]
 
@@ -143,7 +144,8 @@ def linear_cka(
         group: Process group; None: the default one.
 
     Raises:
-        ValueError: not two matrices of equally many rows, fewer than 4 rows in all, or an unknown name.
+        ValueError: not two matrices of equally many rows, fewer than 4 rows in all, an unknown name, or ranks whose
+            numbers of rows differ so much that auto would choose another layout on each (name one).
     """
     names = {"biased": "cka", "debiased": "debiased_cka"}
     if estimator not in names:
@@ -152,10 +154,9 @@ def linear_cka(
         raise ValueError(f"linear_cka compares rows x [b, p] and y [b, q], got {tuple(x.shape)} and {tuple(y.shape)}.")
     wires, pair, similarity = Wires(group), Pair("x", "y"), Similarity(names[estimator])
     widths = {pair.nodes[0]: x.shape[1], pair.nodes[1]: y.shape[1]}
-    num_rows = max(row[0] for row in wires.exchange([x.shape[0]], x.device)) * wires.size
     differentiable = torch.is_grad_enabled() and x.requires_grad
-    plan = make_plan([pair], widths, num_rows, wires.size, similarity.forms, layout)
-    statistics = Statistics(plan, wires)
+    plan = make_plan([pair], widths, x.shape[0] * wires.size, wires.size, similarity.forms, layout)
+    statistics = Statistics(plan, wires, norms=similarity.needs_norms)
     statistics.add({"x": x}, {"y": y})
     matrices = statistics.reduce()
     if not differentiable:

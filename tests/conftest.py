@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pickle
+import sys
 import traceback
 from collections.abc import Iterator
 from datetime import timedelta
@@ -16,6 +18,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+# DeepSpeed compiles a small extension at its first start; in a cache shared by two virtual environments they would
+# take turns in compiling it anew.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 MAX_PROCESSES = 4
 TIMEOUT_S = 120
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from launching import ROOT, finish, start
 
-ROOT = Path(__file__).resolve().parent.parent
 LAUNCH_FILES = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 DEEPSPEED_FILES = sorted((ROOT / "ds_configs").glob("*.json"))
 # Accelerate refuses these beside deepspeed_config_file, wherever in the YAML they stand.
@@ -40,10 +38,6 @@ SIZES = {
         "stage3_max_reuse_distance",
     ),
 }
-LIMIT_S = 300  # the first launch under DeepSpeed also compiles: half a minute, minutes on a busy machine
-# The path: torchrun, unlike the launcher of DeepSpeed, does not add the current folder.
-ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-
 # What the trainer does with the engine, at its smallest. It leaves right after a burst of collectives: a gloo thread
 # that still holds one of their tensors while Python shuts down aborts the process.
 PROGRAM = """
@@ -73,40 +67,15 @@ engine.close()
 """
 
 
-@pytest.fixture(scope="session")
-def extensions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns where DeepSpeed compiles its CPU extension, once for all tests of this file.
-
-    Not the user's cache: a launch ended in mid-compilation leaves a lock there that every later one waits for.
-    """
-    return tmp_path_factory.mktemp("extensions")
-
-
-def launch(tmp_path: Path, extensions: Path, file: str, *options: str) -> subprocess.Popen[str]:
+def launch(tmp_path: Path, file: str, *options: str) -> subprocess.Popen[str]:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{file}.yaml"]
-    return subprocess.Popen(
-        [*command, *options, str(program)],
-        cwd=ROOT,
-        env={**ENVIRONMENT, "TORCH_EXTENSIONS_DIR": str(extensions)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return start(file, *options, str(program))
 
 
 def result(*processes: subprocess.Popen[str]) -> list[str]:
-    """Returns the words of the main rank's RESULT line; fails with the whole output if a process did not end well."""
-    try:
-        outputs = [process.communicate(timeout=LIMIT_S)[0] for process in processes]
-    except subprocess.TimeoutExpired:
-        for process in processes:
-            process.terminate()  # torchrun passes it on to its own processes
-        pytest.fail(f"no end after {LIMIT_S} s:\n" + "\n".join(process.communicate()[0] for process in processes))
-    everything = "\n".join(outputs)
-    assert [process.returncode for process in processes] == [0] * len(processes), everything
+    """Returns the words of the main rank's RESULT line."""
+    everything = finish(*processes)
     lines = [line.split()[1:] for line in everything.splitlines() if line.startswith("RESULT ")]
     assert len(lines) == 1, everything
     return lines[0]
@@ -181,31 +150,31 @@ def test_deepspeed_file_leaves_nothing_to_a_default(path: Path) -> None:
         ("zero3_offload", "ZeRO-3"),
     ],
 )
-def test_launch_file_trains_on_two_cpu_processes(tmp_path: Path, extensions: Path, file: str, engine: str) -> None:
-    name, world_size, device, dtype, first, last = result(launch(tmp_path, extensions, file))
+def test_launch_file_trains_on_two_cpu_processes(tmp_path: Path, file: str, engine: str) -> None:
+    name, world_size, device, dtype, first, last = result(launch(tmp_path, file))
     assert (name, world_size, device, dtype) == (engine, "2", "cpu", "torch.float32")
     assert float(last) < float(first)
 
 
-def test_multinode_file_joins_two_machines(tmp_path: Path, extensions: Path) -> None:
+def test_multinode_file_joins_two_machines(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     here = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
-    machines = [launch(tmp_path, extensions, "multinode_zero3", *here, "--machine_rank", str(rank)) for rank in (0, 1)]
+    machines = [launch(tmp_path, "multinode_zero3", *here, "--machine_rank", str(rank)) for rank in (0, 1)]
     name, world_size, *_ = result(*machines)
     assert (name, world_size) == ("ZeRO-3", "2")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", ["zero1", "zero2", "zero3"])
-def test_precision_of_the_command_line_reaches_deepspeed(tmp_path: Path, extensions: Path, file: str) -> None:
-    _, _, _, dtype, first, last = result(launch(tmp_path, extensions, file, "--mixed_precision", "bf16"))
+def test_precision_of_the_command_line_reaches_deepspeed(tmp_path: Path, file: str) -> None:
+    _, _, _, dtype, first, last = result(launch(tmp_path, file, "--mixed_precision", "bf16"))
     assert dtype == "torch.bfloat16"
     assert float(last) < float(first)
 
 
 @pytest.mark.slow
-def test_one_process_is_enough(tmp_path: Path, extensions: Path) -> None:
-    name, world_size, *_ = result(launch(tmp_path, extensions, "cpu", "--num_processes", "1"))
+def test_one_process_is_enough(tmp_path: Path) -> None:
+    name, world_size, *_ = result(launch(tmp_path, "cpu", "--num_processes", "1"))
     assert (name, world_size) == ("DDP", "1")

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from datasets import ClassLabel as Label
 from datasets import Dataset, DatasetDict, Features, Image
+from launching import ROOT, finish, start
 from PIL import Image as Picture
 
 from scale_guide.__main__ import main
 from scale_guide.lookup import PACKAGE
 from scale_guide.tracking import read_metrics, read_summary
 
-ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
 RECIPES = sorted(p.stem for p in (PACKAGE / "recipes").rglob("*.yaml"))
 
@@ -82,17 +79,7 @@ def test_recipe_opens_with_command_hardware_time_and_expected_result(recipe: str
 
 def launch(engine: str, run: Path, *options: str) -> dict[str, object]:
     """One launch on two processes; the summary of its only run."""
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        f"accelerate_configs/{engine}.yaml",
-    ]
-    command += ["-m", "scale_guide", "train", "--run_dir", str(run), *options]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=580, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    finish(start(engine, "-m", "scale_guide", "train", "--run_dir", str(run), *options))
     facts = json.loads(next(run.rglob("environment.json")).read_text())
     assert facts["world_size"] == 2
     expected = {"cpu": "DDP"}.get(engine, engine.replace("zero", "ZeRO-"))

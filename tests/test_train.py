@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import finish, start
 from safetensors.torch import load_file
 from torch import nn
 
@@ -19,9 +17,6 @@ from scale_guide.config import OptimizerConfig, Recipe, TrainingConfig
 from scale_guide.launch import deepspeed_config
 from scale_guide.tracking import read_metrics
 from scale_guide.trainer import batch_norm_paused, count_steps, learning_rate, make_optimizer
-
-ROOT = Path(__file__).parent.parent
-PATHS = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
 
 TINY = """
 task: {name: "toy:build"}
@@ -46,11 +41,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2"
 @pytest.mark.parametrize("launch", ["cpu", *SLOW, "zero3"])
 def test_resumed_equals_uninterrupted(launch: str, tiny: Path, tmp_path: Path) -> None:
     """Two processes, two micro-batches each: SIGTERM on one rank stops both cleanly, and the same command goes on."""
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", f"accelerate_configs/{launch}.yaml", "tests/launched.py", str(tmp_path), str(tiny)]
-    env = os.environ | {"PYTHONPATH": PATHS}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=580, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    finish(start(launch, "tests/launched.py", str(tmp_path), str(tiny)))
     facts = json.loads((tmp_path / "facts.json").read_text())
     assert facts["engine"] == {"cpu": "DDP"}.get(launch, launch.replace("zero", "ZeRO-")), "the launch file was obeyed"
     assert facts["world_size"] == 2

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from scale_guide.statistics.matrices import Matrices, without_spread
+from scale_guide.statistics.matrices import Matrices, add_symmetric, without_spread
 from scale_guide.statistics.plan import Node, Pair
 from scale_guide.statistics.wires import Wires
 
@@ -126,16 +126,16 @@ class GramStatistics:
 
     def _target_gram(self, node: Node, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         self._kept[node], mean_energy = self._prepare(rows, dtype)
-        return self._kept[node] @ self._kept[node].T, mean_energy
+        return add_symmetric(_square(self._kept[node]), self._kept[node]), mean_energy
 
     def _guide_gram(self, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """As for a target, but block by block and keeping nothing: fp16 rows never exist whole in fp32."""
-        gram, energy = None, rows.new_zeros((), dtype=dtype)
+        gram = _square(self._select(rows), dtype)
+        energy = rows.new_zeros((), dtype=dtype)
         for block in torch.split(rows, _BLOCK_COLUMNS, dim=1):
             prepared, mean_energy = self._prepare(block, dtype)
-            gram = prepared @ prepared.T if gram is None else gram.addmm_(prepared, prepared.T)
+            add_symmetric(gram, prepared)
             energy += mean_energy
-        assert gram is not None, "a layer has at least one column"
         return gram, energy
 
     def _pull_back(self, mixing: Tensor, rows: Tensor) -> Tensor:
@@ -149,6 +149,10 @@ class GramStatistics:
             return mixing[own] @ rows
         first = int(valid[: own.start].sum())
         return _spread(mixing[first : first + int(valid[own].sum())] @ rows, valid[own])
+
+
+def _square(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.zeros(len(rows), len(rows), dtype=dtype or rows.dtype, device=rows.device)
 
 
 def _spread(rows: Tensor, valid: Tensor | None) -> Tensor:

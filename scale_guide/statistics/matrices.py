@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ class Matrices:
 
     A target layer has K (Gram form) or A (feature form), a guide layer L or D, a pair C. With a_i = |x_i|^2 and
     b_i = |y_i|^2 of the prepared rows, `squares` holds sum a_i^2 per layer and `products` sum a_i b_i per pair: what
-    unbiased estimators in feature form need besides A, C, D.
+    unbiased estimators in feature form need besides A, C, D (empty in Gram form, or when not asked for).
 
     Attributes:
         num_rows: n, valid rows of the global batch.
@@ -64,6 +65,20 @@ class Matrices:
 def without_spread(trace: Tensor, mean_energy: Tensor) -> Tensor:
     """Returns whether the centred energy `trace` is mere rounding beside the mean's, `mean_energy` = n |mean|^2."""
     return trace <= (ZERO_VARIANCE * torch.finfo(trace.dtype).eps) ** 2 * mean_energy
+
+
+def add_symmetric(matrix: Tensor, rows: Tensor) -> Tensor:
+    """Returns `matrix` [n, n] with rows @ rows.T added in place, rows [n, d]: one triangle is multiplied.
+
+    With eight blocks that is 9/16 of the products of a plain matrix product.
+    """
+    n = rows.shape[0]
+    height = max(128, math.ceil(n / 8))
+    for i in range(0, n, height):
+        j = min(i + height, n)
+        matrix[i:j, i:].addmm_(rows[i:j], rows[i:].T)
+        matrix[j:, i:j] = matrix[i:j, j:].T
+    return matrix
 
 
 @contextmanager

@@ -27,16 +27,17 @@ class Statistics:
         plan: Which layout computes which pairs.
         wires: The ranks that share the batch.
         centre: Whether the similarity wants rows centred over the global batch.
+        norms: Whether `covariance` also gives the sums of squared row norms, for unbiased estimators.
     """
 
-    def __init__(self, plan: Plan, wires: Wires, *, centre: bool = True) -> None:
+    def __init__(self, plan: Plan, wires: Wires, *, centre: bool = True, norms: bool = True) -> None:
         self._plan, self._wires = plan, wires
         self._gather = GramStatistics(plan.pairs("gather"), wires, transpose=False, centre=centre)
         self._transpose = GramStatistics(plan.pairs("transpose"), wires, transpose=True, centre=centre)
-        self._covariance = CovarianceStatistics(plan.pairs("covariance"), wires, centre=centre)
+        self._covariance = CovarianceStatistics(plan.pairs("covariance"), wires, centre=centre, norms=norms)
         self._in_covariance = {node for pair in plan.pairs("covariance") for node in pair.nodes}
         self._num_rows = self._num_valid = 0
-        self._shapes = 0
+        self._shapes = zlib.crc32(str([(part.layout, *map(str, part.pairs)) for part in plan.parts]).encode())
         self._dtype = torch.float32
         self._device = torch.device("cpu")
 
@@ -125,8 +126,9 @@ class Statistics:
         num_rows, num_valid, shapes = (list(column) for column in zip(*everyone, strict=True))
         if len(set(shapes)) > 1:
             raise ValueError(
-                "The ranks collected different layers, widths or number formats, so their statistics cannot be added. "
-                "Every rank must build the same models and cut or pad its inputs to the same shape (max_length)."
+                "The ranks collected different layers, widths, number formats or layouts, so their statistics cannot "
+                "be added. Every rank must build the same models, cut or pad its inputs to the same shape "
+                "(max_length), and have about as many rows, or name a layout other than auto."
             )
         if sum(num_valid) < MIN_ROWS:
             raise ValueError(
