@@ -52,7 +52,8 @@ class GramStatistics:
         if not self._stored:
             return
         self._padding = num_rows_per_rank - sum(w.shape[0] for w in self._weights)
-        self._valid = self._gather_valid(matrices.num_rows, num_rows_per_rank)
+        self._num_valid = matrices.num_rows
+        self._valid = self._gather_valid(num_rows_per_rank)
         means: dict[Node, Tensor] = {}
 
         def use_guide(i: int, rows: Tensor) -> None:
@@ -102,9 +103,9 @@ class GramStatistics:
         self._widths[node] = rows.shape[1]
         return rows if not self._padding else torch.nn.functional.pad(rows, (0, 0, 0, self._padding))
 
-    def _gather_valid(self, num_valid: int, num_rows_per_rank: int) -> Tensor | None:
+    def _gather_valid(self, num_rows_per_rank: int) -> Tensor | None:
         """Returns which rows of the global batch are valid [N], rank by rank; None when all are."""
-        if num_valid == num_rows_per_rank * self._wires.size:
+        if self._num_valid == num_rows_per_rank * self._wires.size:
             return None
         own = torch.nn.functional.pad(torch.cat(self._weights), (0, self._padding))
         everyone: list[Tensor] = []
@@ -126,11 +127,12 @@ class GramStatistics:
 
     def _target_gram(self, node: Node, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         self._kept[node], mean_energy = self._prepare(rows, dtype)
-        return add_symmetric(_square(self._kept[node]), self._kept[node]), mean_energy
+        gram = rows.new_zeros(self._num_valid, self._num_valid, dtype=dtype)
+        return add_symmetric(gram, self._kept[node]), mean_energy
 
     def _guide_gram(self, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """As for a target, but block by block and keeping nothing: fp16 rows never exist whole in fp32."""
-        gram = _square(self._select(rows), dtype)
+        gram = rows.new_zeros(self._num_valid, self._num_valid, dtype=dtype)
         energy = rows.new_zeros((), dtype=dtype)
         for block in torch.split(rows, _BLOCK_COLUMNS, dim=1):
             prepared, mean_energy = self._prepare(block, dtype)
@@ -149,10 +151,6 @@ class GramStatistics:
             return mixing[own] @ rows
         first = int(valid[: own.start].sum())
         return _spread(mixing[first : first + int(valid[own].sum())] @ rows, valid[own])
-
-
-def _square(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.zeros(len(rows), len(rows), dtype=dtype or rows.dtype, device=rows.device)
 
 
 def _spread(rows: Tensor, valid: Tensor | None) -> Tensor:
