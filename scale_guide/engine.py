@@ -130,6 +130,10 @@ class Engine:
             # Its successor also takes the buffers from rank 0 at the start; torch <= 2.12 does not know it.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
             self._model, self._optimizer = self.accelerator.prepare(target, optimizer)
+        # DeepSpeed in bf16 or fp16 casts parameters only, and a BatchNorm of two number formats cannot run.
+        for layer in self._model.modules() if self.deepspeed else ():
+            if isinstance(layer, _NormBase) and layer.weight is not None:
+                layer.to(layer.weight.dtype)
         self._model.train()
         return self._model  # type: ignore[no-any-return]
 

@@ -46,7 +46,8 @@ from scale_guide.engine import Engine
 
 engine = Engine(timeout_s=60)
 torch.manual_seed(0)
-target = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+layers = torch.nn.Linear(16, 64), torch.nn.BatchNorm1d(64), torch.nn.ReLU(), torch.nn.Linear(64, 4)
+target = torch.nn.Sequential(*layers)
 model = engine.prepare(target, torch.optim.Adam(target.parameters(), lr=1e-2), micro_batch_size=8, clip_norm=0.0)
 generator = torch.Generator().manual_seed(engine.rank)
 x = torch.randn(8, 16, generator=generator).to(engine.device)
@@ -60,7 +61,7 @@ for _ in range(5):
 dtype = str(next(model.parameters()).dtype)
 if engine.is_main:
     print("RESULT", engine.name, engine.world_size, engine.device.type, dtype, losses[0], losses[-1], flush=True)
-del model, target
+del model, target, layers
 for _ in range(30):
     engine.sum(torch.ones(3))
 engine.close()
