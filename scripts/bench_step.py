@@ -18,7 +18,8 @@ from collections.abc import Callable
 import torch
 
 from scale_guide import Guidance
-from scale_guide.commands import build_guide, build_network, build_task, read_recipe, trace_recipe
+from scale_guide.build import build_guide, build_network, build_task, trace_recipe
+from scale_guide.recipe import read_recipe
 from scale_guide.statistics import Plan
 
 

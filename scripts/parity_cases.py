@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scale_guide.commands import build_network, build_task
+from scale_guide.build import build_network, build_task
 from scale_guide.config import (
     GuidanceConfig,
     GuideConfig,

@@ -13,7 +13,7 @@ from parity_cases import RECIPES, step_batches
 from torch import Tensor
 
 from scale_guide import trainer
-from scale_guide.commands import build_network, build_task
+from scale_guide.build import build_network, build_task
 from scale_guide.config import Recipe
 from scale_guide.engine import Engine
 from scale_guide.guidance import Guidance

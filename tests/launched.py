@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import scale_guide.run
-from scale_guide.commands import read_recipe
 from scale_guide.commands.train import set_up
 from scale_guide.engine import Engine
+from scale_guide.recipe import read_recipe
 from scale_guide.trainer import StepLog, guided_step
 
 OUT, RECIPE = Path(sys.argv[1]), sys.argv[2]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,9 @@ import yaml
 from safetensors.torch import load_file
 
 from scale_guide.__main__ import main
-from scale_guide.commands import read_recipe, variants
+from scale_guide.guide import fingerprint
 from scale_guide.models import deep_fcn
+from scale_guide.recipe import read_recipe, variants
 from scale_guide.tracking import read_metrics
 
 TINY = """
@@ -232,3 +235,42 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         main(["train", "--help"])
     assert stopped.value.code == 0
     assert "Weight of the guidance loss beside the task loss" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_finished_run_guides_the_next(finished: Path, tiny: Path, tmp_path: Path) -> None:
+    """A guide trained here is its run folder; another architecture, a cut file and a missing one are refused."""
+    twin = "{depth: 3, first_width: 16, width: 16}"
+    weights = finished / "guided/target/model.safetensors"
+    base = ["train", "--config", str(tiny), "--guide.options", twin]
+    own = ["--run_dir", str(tmp_path / "next"), "--guide.weights", str(finished / "guided")]
+    assert main([*base, *own]) == 0
+    environment = json.loads((tmp_path / "next/environment.json").read_text())
+    network = deep_fcn.build(num_classes=5, input_shape=(12, 1, 1), depth=3, first_width=16, width=16)
+    network.load_state_dict(load_file(weights))
+    assert environment["guide_hash"] == fingerprint(network)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda file: file.unlink(), "does not exist. Give a .safetensors file or a finished run"),
+        (lambda file: file.write_bytes(file.read_bytes()[:100]), "is not a whole safetensors file"),
+        (lambda file: None, "does not fit the guide"),
+    ],
+)
+def test_weights_that_do_not_fit(
+    change: Callable[[Path], None],
+    message: str,
+    finished: Path,
+    tiny: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "weights.safetensors"
+    shutil.copy(finished / "guided/target/model.safetensors", file)
+    change(file)
+    assert (
+        main(["train", "--config", str(tiny), "--run_dir", str(tmp_path / "run"), "--guide.weights", str(file)]) == 2
+    )
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -23,7 +23,7 @@ LAYERS = [
     {"config", "disk", "lookup", "rows", "stopwatch"},
     {"statistics", "similarity", "models", "tasks", "activations", "guide"},
     {"objective", "layer_map", "data_order"},
-    {"guidance"},
+    {"guidance", "recipe", "build"},
     {"tracking", "launch"},
     {"engine", "loading"},
     {"checkpoint", "evaluate"},

@@ -11,10 +11,12 @@ from jsonargparse import ArgumentParser
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from scale_guide.build import build_network, build_task
 from scale_guide.checkpoint import step_of, whole_checkpoints
-from scale_guide.commands import build_network, build_task, load_recipe, user_errors
+from scale_guide.commands import user_errors
 from scale_guide.engine import Engine
 from scale_guide.evaluate import evaluate
+from scale_guide.recipe import load_recipe
 
 
 def main(arguments: Sequence[str]) -> int:

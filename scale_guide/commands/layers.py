@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from scale_guide.analysis.report import markdown
-from scale_guide.commands import build_task, read_recipe, trace_recipe, user_errors, variants
+from scale_guide.build import build_task, trace_recipe
+from scale_guide.commands import user_errors
 from scale_guide.layer_map import Layer
+from scale_guide.recipe import read_recipe, variants
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -6,11 +6,13 @@ import math
 from collections.abc import Sequence
 
 from scale_guide.analysis.report import markdown
-from scale_guide.commands import build_task, read_recipe, trace_recipe, user_errors, variants
+from scale_guide.build import build_task, trace_recipe
+from scale_guide.commands import user_errors
 from scale_guide.config import Recipe
 from scale_guide.data_order import batch_sizes
 from scale_guide.layer_map import LayerMap
 from scale_guide.objective import Similarity
+from scale_guide.recipe import read_recipe, variants
 from scale_guide.statistics import Pair, Plan, make_plan
 
 EXAMPLES = 2

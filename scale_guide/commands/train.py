@@ -6,17 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scale_guide.analysis import report
-from scale_guide.commands import (
-    build_guide,
-    build_network,
-    build_task,
-    read_recipe,
-    trace_recipe,
-    user_errors,
-    variants,
-)
+from scale_guide.build import build_guide, build_network, build_task, trace_recipe
+from scale_guide.commands import user_errors
 from scale_guide.config import Recipe
 from scale_guide.engine import Engine
+from scale_guide.recipe import read_recipe, variants
 from scale_guide.run import Run
 
 

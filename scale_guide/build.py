@@ -1,0 +1,108 @@
+"""What a recipe names -> the things themselves: task, target, guide, and the layers of both."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from scale_guide import lookup
+from scale_guide.config import Recipe
+from scale_guide.data_order import SeededDataset
+from scale_guide.guide import Guide
+from scale_guide.layer_map import LayerMap, trace, trace_layers
+from scale_guide.tasks import Task
+
+CALIBRATION_ROWS = 256
+
+
+def build_task(recipe: Recipe) -> Task:
+    """Returns the task.
+
+    Raises:
+        ValueError: an unknown task or option, or data that cannot be read.
+    """
+    found: Task = lookup.call(lookup.find("tasks", recipe.task.name), recipe.task.options, {}, field="task.options")
+    return found
+
+
+def build_network(kind: str, recipe: Recipe, task: Task) -> nn.Module:
+    """Returns the network of the recipe's field `kind` (target | guide), initialised from its own seed.
+
+    Raises:
+        ValueError: an unknown model or option, or one that is no network.
+    """
+    config = recipe.target if kind == "target" else recipe.guide
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.training.seed if kind == "target" else recipe.guide.seed)
+        network = lookup.call(lookup.find("models", config.name), config.options, task.facts, field=f"{kind}.options")
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{kind}.name={config.name!r} builds a {type(network).__name__}; it must build an nn.Module.")
+    return network
+
+
+def build_guide(recipe: Recipe, task: Task, device: torch.device) -> Guide:
+    """Returns the frozen guide, with its trained weights if the recipe names any.
+
+    Raises:
+        ValueError: an unknown model or option, or weights that do not fit.
+    """
+    network = build_network("guide", recipe, task)
+    if recipe.guide.weights is not None:
+        _load_weights(network, Path(recipe.guide.weights))
+    guide = Guide(
+        network,
+        dtype=recipe.guide.dtype,
+        batch_norm=recipe.guide.batch_norm,
+        device=torch.device("cpu") if recipe.guide.placement == "cpu" else device,
+    )
+    if recipe.guide.batch_norm == "calibrate":
+        samples = SeededDataset(task.train, recipe.training.seed)
+        rows = min(CALIBRATION_ROWS, recipe.training.batch_size, len(task.train))
+        guide.calibrate(task.collate([samples[0, i] for i in range(rows)])["input"])
+    return guide
+
+
+def _load_weights(network: nn.Module, path: Path) -> None:
+    file = path / "target" / "model.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(
+            f"guide.weights={str(path)!r}: {file} does not exist. Give a .safetensors file or a finished run."
+        )
+    try:
+        network.load_state_dict(load_file(file))
+    except SafetensorError as error:
+        raise ValueError(f"guide.weights={str(path)!r}: {file} is not a whole safetensors file ({error}).") from error
+    except RuntimeError as error:
+        raise ValueError(
+            f"guide.weights={str(path)!r} does not fit the guide {type(network).__name__}: {error}"
+        ) from error
+
+
+def trace_recipe(recipe: Recipe, task: Task, *, num_examples: int = 2) -> LayerMap:
+    """Returns the layers of both networks and their pairs, traced on meta tensors: nothing is computed or allocated.
+
+    Raises:
+        ValueError: unknown layers, no pairs, or unequal rows. With guidance.weight 0 the guide is not looked at.
+    """
+    inputs = task.collate([task.train[0]] * num_examples)["input"].to("meta")
+    guided = bool(recipe.guidance.weight)
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # trained weights copied to meta tensors: nothing happens, loudly
+        target = build_network("target", recipe, task)
+        if not guided:
+            return LayerMap(tuple(trace_layers(target, inputs, recipe.target.layers, recipe.guidance.rows)), (), ())
+        return trace(
+            target,
+            build_network("guide", recipe, task),
+            inputs,
+            target_layers=recipe.target.layers,
+            guide_layers=recipe.guide.layers,
+            pairs=recipe.guidance.pairs,
+            collision=recipe.guidance.collision,
+            rows=recipe.guidance.rows,
+        )

@@ -1,0 +1,151 @@
+"""A YAML file and a command line -> a checked Recipe, and its variants."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from scale_guide import lookup
+from scale_guide.config import Recipe
+
+
+def _names(kind: type, prefix: str = "") -> dict[str, bool]:
+    """Returns the dotted names of a dataclass's fields; True for one that holds free names (a dict)."""
+    found: dict[str, bool] = {}
+    for name, hint in get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            found |= {f"{prefix}{name}": False} | _names(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+        else:
+            found[f"{prefix}{name}"] = str(hint).startswith("dict")
+    return found
+
+
+def _check_name(name: str, known: Mapping[str, bool], where: str) -> None:
+    if name in known or any(is_open and name.startswith(f"{parent}.") for parent, is_open in known.items()):
+        return
+    raise ValueError(
+        f"{where}{name} is not an option{lookup.closest(name, known)}. "
+        "`scale-guide train --help` lists them; `--print_config` shows a whole recipe."
+    )
+
+
+def _check_tree(tree: Mapping[str, Any], known: Mapping[str, bool], where: str, prefix: str = "") -> None:
+    for name, value in tree.items():
+        _check_name(f"{prefix}{name}", known, where)
+        if isinstance(value, Mapping) and not known.get(f"{prefix}{name}", True):
+            _check_tree(value, known, where, f"{prefix}{name}.")
+
+
+def make_parser(command: str) -> ArgumentParser:
+    """Returns the parser of a command that takes a recipe."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=f"scale-guide {command}", exit_on_error=False)
+    parser.add_argument("--config", action="config", help="Name of a shipped recipe, or a YAML file.")
+    parser.add_class_arguments(Recipe)
+    return parser
+
+
+def read_recipe(
+    command: str, arguments: Sequence[str], extra: Mapping[str, int] | None = None
+) -> tuple[Recipe, dict[str, int]]:
+    """Returns the recipe of a command line, and the values of the command's own integer options.
+
+    Args:
+        command: Name of the command, for messages.
+        arguments: What follows the command.
+        extra: The command's own options: name -> default.
+
+    Raises:
+        ValueError: an unknown recipe or option (the closest is named), or a value of the wrong type.
+    """
+    extra = dict(extra or {})
+    given, configs, taken = list(arguments), [], set[int]()
+    known = _names(Recipe) | dict.fromkeys([*extra, "config", "help", "print_config"], False)
+    default_dir = "runs/default"
+    for i, word in enumerate(given):
+        if not word.startswith("--"):
+            continue
+        option, _, value = word[2:].partition("=")
+        _check_name(option, known, "--")
+        if option == "config":
+            following = given[i + 1] if i + 1 < len(given) else ""
+            path = lookup.recipe_path(value or following)
+            taken |= {i} if value else {i, i + 1}
+            configs.append(f"--config={path}")
+            default_dir = f"runs/{path.stem}"
+            _check_tree(_read_yaml(path), known, f"{path}: ")
+    parser = make_parser(command)
+    for name, default in extra.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    # First, wherever it stood: otherwise it would silently win over the options before it.
+    values = _parse(parser, configs + [word for i, word in enumerate(given) if i not in taken])
+    chosen = {name: int(values.pop(name)) for name in extra}
+    recipe = _build(Recipe, values)
+    return dataclasses.replace(recipe, run_dir=recipe.run_dir or default_dir), chosen
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} holds no recipe: a YAML mapping such as `task: ...` is expected.")
+    return tree
+
+
+def _parse(parser: ArgumentParser, given: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        found = parser.parse_object(dict(given)) if isinstance(given, Mapping) else parser.parse_args(list(given))
+    except ArgumentError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    values: dict[str, Any] = found.as_dict()
+    values.pop("config", None)
+    return values
+
+
+def _build(kind: type, values: Mapping[str, Any]) -> Any:
+    hints = get_type_hints(kind)
+    nested = {n: _build(hints[n], v) if dataclasses.is_dataclass(hints[n]) else v for n, v in values.items()}
+    return kind(**nested)
+
+
+def variants(recipe: Recipe) -> dict[str, Recipe]:
+    """Returns the recipe of every variant by name, each with its own folder; {"": recipe} when there are none.
+
+    Raises:
+        ValueError: an override that names no option, or gives a value of the wrong type.
+    """
+    if not recipe.variants:
+        return {"": recipe}
+    known, found = _names(Recipe), {}
+    for name, overrides in recipe.variants.items():
+        values = dataclasses.asdict(recipe) | {"variants": {}, "run_dir": str(Path(recipe.run_dir) / name)}
+        for option, value in overrides.items():
+            _check_name(option, known, f"variants.{name}: ")
+            *path, last = option.split(".")
+            inner = values
+            for part in path:
+                inner = inner[part]
+            inner[last] = value
+        found[name] = _build(Recipe, _parse(make_parser("train"), values))
+    return found
+
+
+def load_recipe(run_dir: Path) -> Recipe:
+    """Returns the recipe of a run folder.
+
+    Raises:
+        ValueError: the folder holds no run.
+    """
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        inner = sorted(str(p.parent) for p in run_dir.glob("*/config.yaml"))
+        fix = f"Give one of {', '.join(inner)}." if inner else "Give the run_dir of a run."
+        raise ValueError(f"RUN={str(run_dir)!r} holds no config.yaml. {fix}")
+    return _build(Recipe, _parse(make_parser("train"), _read_yaml(path)))  # type: ignore[no-any-return]
