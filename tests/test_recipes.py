@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -144,3 +146,25 @@ def test_a_broken_image_is_named_in_the_summary_and_has_no_part(tmp_path: Path) 
     assert summary["unreadable"][0].endswith("train/dog/3.png")
     with pytest.raises(ValueError, match=r"dog/3\.png"):
         main(["train", "--run_dir", str(tmp_path / "strict"), *options, "--task.options.strict_data=true"])
+
+
+def readme_programs() -> list[list[str]]:
+    """The arguments of every scale-guide command in the README, in order."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    lines = [line.partition("#")[0] for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    programs = [shlex.split(part) for line in lines for part in line.split("&&")]
+    starts = ("scale-guide", "scale_guide")
+    return [words[i + 1 :] for words in programs for i, word in enumerate(words) if word in starts]
+
+
+def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As written, in the order of the README; only the data and, for training, the size are this test's own."""
+    monkeypatch.chdir(tmp_path)
+    data = images(tmp_path)
+    programs = readme_programs()
+    assert {words[0] for words in programs} == {"train", "layers", "plan", "report", "evaluate"}
+    for words in programs:
+        given = [data if word == "PATH" else word for word in words]
+        if given[0] == "train":
+            given += [*SMALL, *(NARROW if "deep_fcn_cifar" in given else []), "--training.micro_batch_size=null"]
+        assert main(given) == 0, given
