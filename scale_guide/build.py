@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from scale_guide import lookup
+from scale_guide.activations import Recorder
 from scale_guide.config import Recipe
 from scale_guide.data_order import SeededDataset
 from scale_guide.guide import Guide
@@ -18,6 +19,7 @@ from scale_guide.layer_map import LayerMap, trace, trace_layers
 from scale_guide.tasks import Task
 
 CALIBRATION_ROWS = 256
+CHECK_ROWS = 16
 
 
 def build_task(recipe: Recipe) -> Task:
@@ -61,10 +63,31 @@ def build_guide(recipe: Recipe, task: Task, device: torch.device) -> Guide:
         device=torch.device("cpu") if recipe.guide.placement == "cpu" else device,
     )
     if recipe.guide.batch_norm == "calibrate":
-        samples = SeededDataset(task.train, recipe.training.seed)
-        rows = min(CALIBRATION_ROWS, recipe.training.batch_size, len(task.train))
-        guide.calibrate(task.collate([samples[0, i] for i in range(rows)])["input"])
+        guide.calibrate(_first_inputs(recipe, task, CALIBRATION_ROWS))
     return guide
+
+
+def check_guide(guide: Guide, recipe: Recipe, task: Task, layers: LayerMap) -> None:
+    """Runs the guide once on the first samples, the same on every rank, before anything is trained.
+
+    Raises:
+        ValueError: a mapped layer gives inf or NaN, as an untrained ResNet-101 does in fp16.
+    """
+    names = list(dict.fromkeys(pair.guide for pair in layers.pairs))
+    modules = [name.partition("#")[0] for name in names]
+    recorder = Recorder(guide.model, modules, keep=names, overwritten=layers.overwritten[1])
+    with recorder.record():
+        guide(_first_inputs(recipe, task, CHECK_ROWS))
+    recorder.close()
+    bad = guide.check_finite({name: activation.output for name, activation in recorder.take().items()})
+    if bad is not None:
+        raise guide.overflow(bad)
+
+
+def _first_inputs(recipe: Recipe, task: Task, num_rows: int) -> torch.Tensor:
+    samples = SeededDataset(task.train, recipe.training.seed)
+    rows = min(num_rows, recipe.training.batch_size, len(task.train))
+    return task.collate([samples[0, i] for i in range(rows)])["input"]
 
 
 def _load_weights(network: nn.Module, path: Path) -> None:

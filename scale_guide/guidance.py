@@ -85,7 +85,7 @@ class Guidance:
             self._set_pairs([pair for pair in pairs if isinstance(pair, Pair)])
         self._step: _Step | None = None
         self._now = _MicroBatch()
-        self._clock = Stopwatch(self.guide.device)
+        self._clock = Stopwatch()
         self._figures: dict[Pair, Tensor] = {}
         self._gradient_square = torch.zeros(())
         self._num_bytes = 0
@@ -204,7 +204,9 @@ class Guidance:
         if not self.pairs:
             self._set_pairs(make_pairs(self._spec, list(now.target), list(now.guide), self._collision))
         target = {pair.target: now.target[pair.target] for pair in self.pairs}
-        guide = {pair.guide: now.guide[pair.guide] for pair in self.pairs if pair.guide in now.guide}
+        # A guide on the host hands its rows over to where the target computes (its weights may be elsewhere).
+        device = next(iter(target.values())).device
+        guide = {p.guide: now.guide[p.guide].to(device) for p in self.pairs if p.guide in now.guide}
         return target, guide
 
     def _take(
@@ -232,14 +234,14 @@ class Guidance:
     def _first_step(self, target: dict[str, Tensor], guide: dict[str, Tensor]) -> Plan:
         """Returns the plan, made from numbers that all ranks share; checks the guide. Collective."""
         bad = self.guide.check_finite(guide)
-        num_rows = next(iter(target.values())).shape[0] if target else 0
-        told = [num_rows, 0 if bad is None else 1 + list(guide).index(bad)]
-        everyone = self._wires.exchange(told, self.guide.device)
+        rows = next(iter(target.values()))
+        told = [rows.shape[0], 0 if bad is None else 1 + list(guide).index(bad)]
+        everyone = self._wires.exchange(told, rows.device)
         worst = max(which for _, which in everyone)
         if worst:
             raise self.guide.overflow(list(guide)[worst - 1])
-        widths: dict[Node, int] = {("target", name): rows.shape[1] for name, rows in target.items()}
-        widths |= {("guide", name): rows.shape[1] for name, rows in guide.items()}
+        widths: dict[Node, int] = {("target", name): value.shape[1] for name, value in target.items()}
+        widths |= {("guide", name): value.shape[1] for name, value in guide.items()}
         most = max(count for count, _ in everyone) * self._wires.size
         self.plan = make_plan(self.pairs, widths, most, self._wires.size, self._similarity.forms, self._layout)
         return self.plan

@@ -145,7 +145,7 @@ def make_pairs(
         collision: What becomes of several guide layers on one target layer: sum, last or mean.
 
     Raises:
-        ValueError: an unknown layer, or globs that match different numbers of layers.
+        ValueError: an unknown layer, globs that match different numbers of layers, or no pairs at all.
     """
     pairs: list[Pair] = []
     if isinstance(spec, str):
@@ -157,6 +157,11 @@ def make_pairs(
             pairs = [Pair(target[t], guide[g]) for g, t in layer_pairs(len(guide), len(target))]
     for item in () if isinstance(spec, str) else spec:
         pairs += [item] if isinstance(item, Pair) else _expand(item, target, guide)
+    if not pairs:
+        raise ValueError(
+            f"guidance.pairs gives no pairs between {len(target)} target and {len(guide)} guide layers. Run "
+            "`scale-guide layers` to see both lists, and choose target.layers and guide.layers that are not empty."
+        )
     on = {pair.target: [p for p in pairs if p.target == pair.target] for pair in pairs}
     if collision == "last":
         return [same[-1] for same in on.values()]
@@ -231,11 +236,6 @@ def trace(
     ours = trace_layers(target.train(), inputs, target_layers, rows)
     theirs = trace_layers(guide.eval(), inputs, guide_layers, rows)
     made = make_pairs(pairs, [layer.name for layer in ours], [layer.name for layer in theirs], collision)
-    if not made:
-        raise ValueError(
-            f"guidance.pairs gives no pairs between {len(ours)} target and {len(theirs)} guide layers. Run "
-            "`scale-guide layers` to see both lists, and choose target.layers and guide.layers that are not empty."
-        )
     num_rows = {("target", x.name): x.num_rows for x in ours} | {("guide", x.name): x.num_rows for x in theirs}
     for pair in made:
         x, y = (num_rows[node] for node in pair.nodes)

@@ -103,6 +103,7 @@ class _Inject(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Returns grad_output for the value and grad_output * gradient for the rows."""
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "The guidance loss has first derivatives only: its gradient is computed in the forward pass. Take "

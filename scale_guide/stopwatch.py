@@ -11,8 +11,8 @@ import torch
 class Stopwatch:
     """Seconds spent inside its `with` blocks: by events on a GPU, which nobody waits for until they are read."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+    def __init__(self) -> None:
+        self._cuda = torch.cuda.is_available()
         self._open: list[Any] = []
         self.restart()
 

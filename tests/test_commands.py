@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from scale_guide.__main__ import main
 from scale_guide.guide import fingerprint
@@ -248,6 +248,19 @@ def test_a_finished_run_guides_the_next(finished: Path, tiny: Path, tmp_path: Pa
     network = deep_fcn.build(num_classes=5, input_shape=(12, 1, 1), depth=3, first_width=16, width=16)
     network.load_state_dict(load_file(weights))
     assert environment["guide_hash"] == fingerprint(network)
+
+
+def test_a_guide_that_leaves_fp16_is_refused_before_training(
+    finished: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = deep_fcn.build(num_classes=5, input_shape=(12, 1, 1), depth=2, first_width=16, width=8, batch_norm=False)
+    large = {name: value * 1e4 for name, value in network.state_dict().items()}
+    save_file(large, tmp_path / "large.safetensors")
+    options = ["--guide.weights", str(tmp_path / "large.safetensors"), "--run_dir", str(tmp_path / "run")]
+    assert main(["train", "--config", str(tiny), *options, "--guide.dtype=fp16"]) == 2
+    assert "guide.dtype=fp16: the activations of guide layer 'hidden.1.linear' hold inf" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert main(["train", "--config", str(tiny), *options, "--guide.dtype=bf16"]) == 0
 
 
 @pytest.mark.parametrize(

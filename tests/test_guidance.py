@@ -201,3 +201,15 @@ def test_hooks_go_and_states_do_not_mix() -> None:
         guidance.reduce()
     guidance.close()
     assert not any(module._forward_hooks for module in target.modules())
+
+
+def test_no_pairs_is_an_error_of_its_own() -> None:
+    target, _ = networks()
+    x, _ = data()
+    only_logits = nn.Sequential(nn.Linear(6, 3).double())
+    guidance = Guidance(target, only_logits)
+    with guidance.record():
+        guidance.run_guide(x)
+        target(x)
+    with pytest.raises(ValueError, match="no pairs between 2 target and 0 guide layers"):
+        guidance.loss()

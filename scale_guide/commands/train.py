@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scale_guide.analysis import report
-from scale_guide.build import build_guide, build_network, build_task, trace_recipe
+from scale_guide.build import build_guide, build_network, build_task, check_guide, trace_recipe
 from scale_guide.commands import user_errors
 from scale_guide.config import Recipe
 from scale_guide.engine import Engine
@@ -62,6 +62,7 @@ def set_up(recipe: Recipe, engine: Engine) -> Run:
     if recipe.guidance.weight:
         with engine.building_whole():
             guide = build_guide(recipe, task, engine.device)
+            check_guide(guide, recipe, task, layers)
     return Run(recipe, task=task, target=target, guide=guide, layers=layers, engine=engine)
 
 

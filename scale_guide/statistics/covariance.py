@@ -37,6 +37,7 @@ class _LayerMoments:
         return cls(zeros(width), zeros(width), zeros(width, width), zeros(width), zeros(()))
 
     def add(self, u: Tensor, a: Tensor | None) -> None:
+        """Adds rows u [b, d] and their squared norms a [b]; without norms `weighted` and `square` stay zero."""
         self.total += u.sum(dim=0)
         add_symmetric(self.outer, u.T)
         if a is not None:
@@ -70,6 +71,7 @@ class _PairMoments:
         return cls(zeros(x.shape[1], y.shape[1]), zeros(x.shape[1]), zeros(y.shape[1]), zeros(()))
 
     def add(self, u: Tensor, a: Tensor | None, v: Tensor, b: Tensor | None) -> None:
+        """Adds rows u [n, p], v [n, q] and their squared norms a, b [n]; without norms only `outer` grows."""
         self.outer.addmm_(u.T, v)
         if a is not None and b is not None:
             self.target.addmv_(u.T, b)
