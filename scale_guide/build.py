@@ -14,6 +14,7 @@ from scale_guide import lookup
 from scale_guide.activations import Recorder
 from scale_guide.config import Recipe
 from scale_guide.data_order import SeededDataset
+from scale_guide.guidance import Guidance
 from scale_guide.guide import Guide
 from scale_guide.layer_map import LayerMap, trace, trace_layers
 from scale_guide.tasks import Task
@@ -82,6 +83,25 @@ def check_guide(guide: Guide, recipe: Recipe, task: Task, layers: LayerMap) -> N
     bad = guide.check_finite({name: activation.output for name, activation in recorder.take().items()})
     if bad is not None:
         raise guide.overflow(bad)
+
+
+def build_guidance(
+    recipe: Recipe, layers: LayerMap, target: nn.Module, guide: Guide, *, num_micro_batches: int = 1
+) -> Guidance:
+    """Returns the guidance of a recipe, hooked onto the bare target: after the engine wrapped it, before any forward."""
+    return Guidance(
+        target,
+        guide,
+        pairs=layers.pairs,
+        target_layers=recipe.target.layers,
+        guide_layers=recipe.guide.layers,
+        overwritten=layers.overwritten,
+        similarity=recipe.guidance.similarity,
+        weight=recipe.guidance.weight,
+        rows=recipe.guidance.rows,
+        layout=recipe.guidance.layout,
+        num_micro_batches=num_micro_batches if recipe.guidance.accumulation == "exact" else 1,
+    )
 
 
 def _first_inputs(recipe: Recipe, task: Task, num_rows: int) -> torch.Tensor:

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from scale_guide.statistics import MIN_ROWS
 from scale_guide.tasks import Batch, SizedDataset
-
-MIN_ROWS = 4  # unbiased HSIC divides by n - 3
 
 
 class TrainOrder(Sampler[list[tuple[int, int]]]):

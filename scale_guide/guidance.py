@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ class Guidance:
         collision: Several guide layers on one target layer: sum | last | mean.
         layout: How the statistics cross the ranks: auto | gather | transpose | covariance.
         overwritten: (target, guide) layers known to be overwritten in place; None: found out in the first pass.
+        num_micro_batches: How many micro-batches make a step; read by the choice of layout alone.
         group: Process group over which the engine averages gradients; None: the default one.
 
     Attributes:
@@ -69,6 +71,7 @@ class Guidance:
         collision: Collision = "sum",
         layout: Layout | Literal["auto"] = "auto",
         overwritten: tuple[Sequence[str], Sequence[str]] | None = None,
+        num_micro_batches: int = 1,
         group: Any = None,
     ) -> None:
         self.weight = weight
@@ -76,7 +79,7 @@ class Guidance:
         self.pairs: list[Pair] = []
         self.plan: Plan | None = None
         self._spec, self._collision, self._rows, self._layout = pairs, collision, rows, layout
-        self._lists = (target_layers, guide_layers)
+        self._lists, self._num_micro_batches = (target_layers, guide_layers), num_micro_batches
         self._similarity, self._wires = Similarity(similarity), Wires(group)
         copied = overwritten or (None, None)
         self._target = Recorder(target, candidates(target, target_layers), overwritten=copied[0])
@@ -89,6 +92,7 @@ class Guidance:
         self._figures: dict[Pair, Tensor] = {}
         self._gradient_square = torch.zeros(())
         self._num_bytes = 0
+        self._warned: set[Node] = set()
 
     @contextmanager
     def record(self, *, weights: Tensor | None = None, mask: Tensor | None = None) -> Iterator[None]:
@@ -185,9 +189,10 @@ class Guidance:
         """
         names = ("similarity", "debiased", "floor")
         pairs = {}
-        if self._figures:
-            table = torch.stack(list(self._figures.values())).tolist()
-            pairs = {str(p): dict(zip(names, row, strict=True)) for p, row in zip(self._figures, table, strict=True)}
+        table = torch.stack(list(self._figures.values())).tolist() if self._figures else []
+        for pair, (*row, ours, theirs) in zip(self._figures, table, strict=True):
+            pairs[str(pair)] = dict(zip(names, row, strict=True))
+            self._warn_of_no_spread(pair, (ours, theirs))
         square = float(self._gradient_square)
         return {"pairs": pairs, "gradient_square": square, "seconds": self._clock.seconds(), "bytes": self._num_bytes}
 
@@ -226,6 +231,16 @@ class Guidance:
         )
         return rows
 
+    def _warn_of_no_spread(self, pair: Pair, traces: tuple[float, float]) -> None:
+        for (side, name), trace in zip(pair.nodes, traces, strict=True):
+            if trace == 0 and (side, name) not in self._warned and self._wires.rank == 0:
+                warnings.warn(
+                    f"The {side} layer {name!r} has no spread over the batch (all its rows are equal): its similarity "
+                    "is 0 and no gradient comes from it.",
+                    stacklevel=3,
+                )
+            self._warned |= {(side, name)} if trace == 0 else set()
+
     def _set_pairs(self, pairs: list[Pair]) -> None:
         self.pairs = pairs
         self._target.keep = {pair.target for pair in pairs}
@@ -242,7 +257,7 @@ class Guidance:
             raise self.guide.overflow(list(guide)[worst - 1])
         widths: dict[Node, int] = {("target", name): value.shape[1] for name, value in target.items()}
         widths |= {("guide", name): value.shape[1] for name, value in guide.items()}
-        most = max(count for count, _ in everyone) * self._wires.size
+        most = max(count for count, _ in everyone) * self._wires.size * self._num_micro_batches
         self.plan = make_plan(self.pairs, widths, most, self._wires.size, self._similarity.forms, self._layout)
         return self.plan
 

@@ -81,15 +81,16 @@ def _norms(matrices: Matrices, pair: Pair) -> _moments.Norms:
 
 
 @torch.no_grad()
-def companions(matrices: Matrices, pair: Pair) -> tuple[Tensor, Tensor]:
-    """Returns debiased CKA and the permutation floor of a pair: they cost nothing once the matrices are there."""
+def companions(matrices: Matrices, pair: Pair) -> tuple[Tensor, ...]:
+    """Returns debiased CKA, the permutation floor, and whether target and guide layer have any spread (1 or 0)."""
     x, y = pair.nodes
     if x in matrices.grams:
         moments = _moments.of_grams(matrices.grams[x], matrices.grams[y])
     else:
         blocks = matrices.features[x], matrices.crosses[pair], matrices.features[y]
         moments = _moments.of_features(*blocks, _norms(matrices, pair))
-    return debiased_cka.of_moments(moments), _moments.null_floor(moments)
+    spread = ((trace != 0).to(trace) for trace in (moments.target_trace, moments.guide_trace))
+    return debiased_cka.of_moments(moments), _moments.null_floor(moments), *spread
 
 
 class _Inject(torch.autograd.Function):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from scale_guide import tracking
+from scale_guide.build import build_guidance
 from scale_guide.checkpoint import Checkpoints, SaveError, identity, step_of
 from scale_guide.config import Recipe
 from scale_guide.data_order import TrainOrder, batch_sizes, steps_per_epoch
@@ -92,7 +93,10 @@ class Run:
         )
         self.first_step = self.checkpoints.load(resumed) if resumed is not None else 0
         # After prepare (ZeRO-3 wraps outputs in hooks of its own) and before the first forward.
-        self.guidance = self._guidance(self.guide) if self.guide is not None else None
+        self.guidance: Guidance | None = None
+        if self.guide is not None:
+            bare, k = engine.unwrap(self.target), self.num_micro_batches
+            self.guidance = build_guidance(recipe, self.layers, bare, self.guide, num_micro_batches=k)
         earlier = [line for line in tracking.read_metrics(self.folder.path) if line["step"] <= self.first_step]
         self.seconds_before = float(earlier[-1].get("seconds", 0.0)) if earlier and resumed else 0.0
         facts = tracking.environment(
@@ -108,21 +112,6 @@ class Run:
         engine.barrier()
         self.folder.start(recipe, facts, asdict(self.layers), self.first_step)
         engine.start_trackers("scale_guide", self.folder.path, {"recipe": str(tracking.plain(recipe))})
-
-    def _guidance(self, guide: Guide) -> Guidance:
-        recipe = self.recipe
-        return Guidance(
-            self.engine.unwrap(self.target),
-            guide,
-            pairs=self.layers.pairs,
-            target_layers=recipe.target.layers,
-            guide_layers=recipe.guide.layers,
-            overwritten=self.layers.overwritten,
-            similarity=recipe.guidance.similarity,
-            weight=recipe.guidance.weight,
-            rows=recipe.guidance.rows,
-            layout=recipe.guidance.layout,
-        )
 
     def _steps(self) -> Iterator[list[Batch]]:
         """Yields the micro-batches of every step still to do."""
@@ -173,6 +162,8 @@ class Run:
             log = self._one_step(step, micro_batches, stop)
             done = step + 1
             progress.advance()
+            if step == self.first_step and self.guidance is not None:
+                progress.say(f"statistics by {self.guidance.plan}")
             if done % training.log_every == 0 or done == self.num_steps:
                 self._log(log, done, progress)
             if training.evaluate_every and done % training.evaluate_every == 0 and done < self.num_steps:

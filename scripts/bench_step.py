@@ -17,8 +17,7 @@ from collections.abc import Callable
 
 import torch
 
-from scale_guide import Guidance
-from scale_guide.build import build_guide, build_network, build_task, trace_recipe
+from scale_guide.build import build_guidance, build_guide, build_network, build_task, trace_recipe
 from scale_guide.recipe import read_recipe
 from scale_guide.statistics import Plan
 
@@ -55,17 +54,7 @@ def main() -> None:
     task = build_task(recipe)
     batch = task.collate([task.train[i] for i in range(recipe.training.batch_size)])
     target, guide = build_network("target", recipe, task).train(), build_guide(recipe, task, torch.device("cpu"))
-    pairs = trace_recipe(recipe, task).pairs
-    guidance = Guidance(
-        target,
-        guide,
-        pairs=pairs,
-        target_layers=recipe.target.layers,
-        guide_layers=recipe.guide.layers,
-        similarity=recipe.guidance.similarity,
-        rows=recipe.guidance.rows,
-        layout=recipe.guidance.layout,
-    )
+    guidance = build_guidance(recipe, trace_recipe(recipe, task), target, guide)
 
     def guided() -> None:
         with guidance.record(weights=batch.get("weight"), mask=batch.get("mask")):

@@ -213,3 +213,33 @@ def test_no_pairs_is_an_error_of_its_own() -> None:
         target(x)
     with pytest.raises(ValueError, match="no pairs between 2 target and 0 guide layers"):
         guidance.loss()
+
+
+def test_the_plan_is_made_for_the_whole_step() -> None:
+    """The rows of all micro-batches decide which layout is cheapest, not those of one."""
+    target, guide = networks()
+    x, y = data()
+    guidance = Guidance(target, guide, num_micro_batches=3)
+    accumulate(target, guidance, list(zip(x.chunk(3), y.chunk(3), strict=True)), 3)
+    assert guidance.plan is not None
+    assert guidance.plan.num_rows == N
+
+
+@pytest.mark.parametrize(("side", "layer"), [("target", "2"), ("guide", "4")])
+def test_a_layer_without_spread_is_named_once(side: str, layer: str) -> None:
+    target, guide = networks()
+    x, _ = data()
+    flat = dict(target.named_modules() if side == "target" else guide.named_modules())[layer]
+    nn.init.zeros_(flat.weight)
+    guidance = Guidance(target, guide)
+    for step in range(2):
+        with guidance.record():
+            guidance.run_guide(x)
+            target(x)
+        guidance.loss()
+        if step:
+            last = guidance.last  # warnings are errors: a second one would end the test here
+        else:
+            with pytest.warns(UserWarning, match=f"{side} layer '{layer}' has no spread"):
+                last = guidance.last
+        assert last["pairs"]["2 <- 4"] == {"similarity": 0.0, "debiased": 0.0, "floor": 0.0}

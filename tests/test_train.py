@@ -78,7 +78,7 @@ def test_unguided_never_builds_a_guide(tiny: Path, tmp_path: Path) -> None:
     assert "guidance_loss" not in read_metrics(tmp_path / "run")[0]
 
 
-def test_accumulation_is_exact_unless_asked(tiny: Path, tmp_path: Path) -> None:
+def test_accumulation_is_exact_unless_asked(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """k = 4 equals k = 1 in the exact mode; micro-batches by themselves give another, larger similarity."""
     first = {}
     common = ["--training.num_workers=0", "--training.steps=1", "--target.options.batch_norm=false"]
@@ -90,6 +90,8 @@ def test_accumulation_is_exact_unless_asked(tiny: Path, tmp_path: Path) -> None:
     }.items():
         assert main(["train", "--config", str(tiny), "--run_dir", str(tmp_path / name), *common, *options]) == 0
         first[name] = read_metrics(tmp_path / name)[0]
+        # The layout is chosen, and shown, for the rows that it is computed over.
+        assert f"({16 if name == 'parts' else 64} rows over 1 process)" in capsys.readouterr().out
     assert first["exact"]["guidance_loss"] == pytest.approx(first["graph"]["guidance_loss"], rel=1e-5)
     assert first["exact"]["task_loss"] == pytest.approx(first["graph"]["task_loss"], rel=1e-5)
     assert abs(first["parts"]["guidance_loss"] - first["graph"]["guidance_loss"]) > 1e-2

@@ -16,6 +16,7 @@ from scale_guide.statistics.wires import Wires
 
 Rows = Mapping[str, Tensor]
 MIN_ROWS = 4
+"""Fewest rows of a global batch: the unbiased estimate of HSIC divides by n - 3."""
 
 
 class Statistics:
