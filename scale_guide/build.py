@@ -88,7 +88,7 @@ def check_guide(guide: Guide, recipe: Recipe, task: Task, layers: LayerMap) -> N
 def build_guidance(
     recipe: Recipe, layers: LayerMap, target: nn.Module, guide: Guide, *, num_micro_batches: int = 1
 ) -> Guidance:
-    """Returns the guidance of a recipe, hooked onto the bare target: after the engine wrapped it, before any forward."""
+    """Returns the guidance of a recipe, hooked onto the bare target, which the engine has wrapped by now."""
     return Guidance(
         target,
         guide,
