@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,12 +12,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from scale_guide.activations import Activation, Recorder
+from scale_guide.activations import first_tensor
 from scale_guide.guide import Guide
-from scale_guide.layer_map import Collision, PairSpec, candidates, guidable, make_pairs
-from scale_guide.objective import Outcome, Similarity, companions, evaluate, inject
-from scale_guide.rows import How, select
-from scale_guide.statistics import Layout, Node, Pair, Plan, Statistics, Wires, count_bytes, make_plan
+from scale_guide.layer_map import Collision, PairSpec, make_pairs
+from scale_guide.layer_rows import LayerReader, LayerRows
+from scale_guide.objective import Similarity, not_finite
+from scale_guide.rows import How
+from scale_guide.statistics import Layout, Node, Pair, Plan, Storage, Wires, count_bytes, make_plan
+from scale_guide.step import GuidanceStep, GuideRows
 from scale_guide.stopwatch import Stopwatch
 
 
@@ -40,13 +43,18 @@ class Guidance:
         pairs: even (Algorithm 1), a list of [target layer, guide layer] names or globs, or ready `Pair`s.
         target_layers: weights | blocks | released | a list of names or globs.
         guide_layers: The same for the guide.
-        similarity: A file of scale_guide/similarity.
+        similarity: A file of scale_guide/similarity, or the path of a file of one's own that ends in .py.
         weight: Of the guidance loss; may be changed between steps.
         rows: What one row is: flatten | token | mean | last.
         collision: Several guide layers on one target layer: sum | last | mean.
         layout: How the statistics cross the ranks: auto | gather | transpose | covariance.
+        plan: The layouts, chosen beforehand; None: chosen in the first step. Known beforehand, the first step too
+            drops the guide's rows early.
         overwritten: (target, guide) layers known to be overwritten in place; None: found out in the first pass.
-        num_micro_batches: How many micro-batches make a step; read by the choice of layout alone.
+        num_micro_batches: k, the most micro-batches that a step has.
+        storage: How the Gram layouts keep rows and gradients between the passes of k > 1.
+        guide_rows: For the second pass of k > 1, feature statistics `keep` the guide's rows of every micro-batch, or
+            `recompute` them (then memory is free of k); auto keeps up to 256 MB.
         group: Process group over which the engine averages gradients; None: the default one.
 
     Attributes:
@@ -70,27 +78,32 @@ class Guidance:
         rows: How = "flatten",
         collision: Collision = "sum",
         layout: Layout | Literal["auto"] = "auto",
+        plan: Plan | None = None,
         overwritten: tuple[Sequence[str], Sequence[str]] | None = None,
         num_micro_batches: int = 1,
+        storage: Storage = Storage(),  # noqa: B008 - frozen
+        guide_rows: GuideRows = "auto",
         group: Any = None,
     ) -> None:
         self.weight = weight
         self.guide = guide if isinstance(guide, Guide) else Guide(guide, device=_device(target))
         self.pairs: list[Pair] = []
-        self.plan: Plan | None = None
-        self._spec, self._collision, self._rows, self._layout = pairs, collision, rows, layout
-        self._lists, self._num_micro_batches = (target_layers, guide_layers), num_micro_batches
+        self.plan = plan
+        self._spec, self._collision, self._layout = pairs, collision, layout
+        self._num_micro_batches = num_micro_batches
+        self._keeping: dict[str, Any] = {"storage": storage, "guide_rows": guide_rows}
         self._similarity, self._wires = Similarity(similarity), Wires(group)
         copied = overwritten or (None, None)
-        self._target = Recorder(target, candidates(target, target_layers), overwritten=copied[0])
-        self._guide = Recorder(self.guide.model, candidates(self.guide.model, guide_layers), overwritten=copied[1])
+        read: dict[str, Any] = {"how": rows, "similarity": self._similarity}
+        self._target = LayerReader("target", target, target_layers, overwritten=copied[0], **read)
+        self._guide = LayerReader("guide", self.guide.model, guide_layers, overwritten=copied[1], **read)
         if not isinstance(pairs, str) and pairs and all(isinstance(pair, Pair) for pair in pairs):
             self._set_pairs([pair for pair in pairs if isinstance(pair, Pair)])
-        self._step: _Step | None = None
-        self._now = _MicroBatch()
-        self._clock = Stopwatch()
+        self._step: GuidanceStep | None = None
         self._figures: dict[Pair, Tensor] = {}
         self._gradient_square = torch.zeros(())
+        self._now = _MicroBatch()
+        self._clock = Stopwatch()
         self._num_bytes = 0
         self._warned: set[Node] = set()
 
@@ -100,34 +113,57 @@ class Guidance:
 
         Args:
             weights: 1 or 0 for each example [B]; an example of weight 0 counts as never there. None: all count.
-            mask: True for real tokens [B, T], for rows token, mean and last.
+            mask: True for real tokens [B, T] of sequences.
+
+        Raises:
+            ValueError: an earlier micro-batch of this step broke off.
         """
+        if self._step is not None and self._step.guide_is_in:
+            if self._step.num_collected:
+                raise ValueError(
+                    "A micro-batch broke off between guidance.run_guide() and guidance.collect(), so the step lacks "
+                    "it. Call guidance.reset() and begin the step anew."
+                )
+            self.reset()
         if self._step is None:
+            self._num_bytes = 0
             self._clock.restart()
         self._now = _MicroBatch(weights, mask)
-        with self._target.record():
+        with self._target.recorder.record():
             yield
 
     def run_guide(self, inputs: Any) -> None:
-        """Runs the guide on inputs [B, ...] of this rank, without gradient. Call inside `record()`, first."""
-        with self._clock, self._guide.record():
+        """Runs the guide on inputs [B, ...] of this rank, without gradient. Call inside `record()`, first.
+
+        From the second step on (from the first with a `plan`) the statistics take what they need of the guide here,
+        so its rows are dropped before the target runs; with one micro-batch a step this is collective.
+        """
+        with self._clock, self._guide.recorder.record():
             self.guide(inputs)
-        with self._clock:
-            self._now.guide = self._take(self._guide, self._lists[1])
+        with self._clock, count_bytes() as sent:
+            now = self._now
+            now.guide = self._guide.take(weights=now.weights, mask=now.mask)
+            seen = first_tensor(inputs)
+            if seen is not None:
+                # A guide on the host hands its rows over to where the target computes.
+                now.guide.rows = {name: rows.to(seen.device) for name, rows in now.guide.rows.items()}
+            if self._step is not None and self._step.outcome is not None:
+                self._step.leave_read_again(now.guide)
+            elif self.plan is not None:
+                (self._step or self._new_step(self.plan)).take_guide(now.guide)
+        self._num_bytes += sent.num_bytes
 
     def collect(self) -> None:
         """Adds the recorded micro-batch to the step's statistics. Local: no rank speaks to another, but for the first.
 
         Raises:
-            ValueError: no pairs, layers that did not run, or unequal numbers of rows.
+            ValueError: no pairs, layers that did not run, unequal numbers of rows, or more micro-batches than
+                `num_micro_batches`.
         """
         with self._clock:
             target, guide = self._recorded()
-            if self._step is None:
-                plan = self.plan or self._first_step(target, guide)
-                self._step = _Step(Statistics(plan, self._wires, centre=self._similarity.rows == "centre"))
-            self._step.statistics.add(target, guide, self._now.row_weights)
-            self._step.num_collected += 1
+            step = self._step or self._new_step(self.plan or self._first_step(target, guide))
+            step.collect(target, guide)
 
     def reduce(self) -> None:
         """Computes similarities and gradients over all ranks and micro-batches. Collective: call on every rank.
@@ -135,17 +171,12 @@ class Guidance:
         Raises:
             ValueError: nothing was collected, or fewer than 4 rows in the global batch.
         """
-        step = self._step
-        if step is None:
+        if self._step is None:
             raise ValueError("guidance.reduce() was called before guidance.collect(): there is nothing to reduce.")
         with self._clock, count_bytes() as sent:
-            matrices = step.statistics.reduce()
-            step.outcome = evaluate(matrices, self._similarity, self.pairs, self.weight)
-            values = step.outcome.similarities.items()
-            self._figures = {pair: torch.stack([value, *companions(matrices, pair)]) for pair, value in values}
-            step.statistics.send_back(step.outcome.gradients)
-        self._num_bytes = sent.num_bytes
-        self._gradient_square = step.outcome.loss.new_zeros(())
+            self._step.reduce(self.pairs, self.weight)
+        self._num_bytes += sent.num_bytes
+        self._figures, self._gradient_square = self._step.figures, self._step.gradient_square
 
     def loss(self) -> Tensor:
         """Returns the guidance loss, a scalar alike on every rank, whose backward reaches this rank's recorded rows.
@@ -158,26 +189,16 @@ class Guidance:
             self.reduce()
         step = self._step
         assert step is not None, "made by collect()"
-        assert step.outcome is not None, "made by reduce()"
         with self._clock:
-            target, guide = self._recorded()
-            gradients = {
-                layer: step.statistics.rows_gradient(step.num_used, layer, rows, guide, self._now.row_weights)
-                for layer, rows in target.items()
-                if rows.requires_grad
-            }
-            for gradient in gradients.values():
-                self._gradient_square += (torch.linalg.vector_norm(gradient) / self._wires.size).square()
-            value = inject(step.outcome.loss / step.num_collected, target, gradients)
-            step.num_used += 1
-        if step.num_used == step.num_collected:
-            self._step, self._now = None, _MicroBatch()
+            value = step.loss(*self._recorded())
+        if step.is_used_up:
+            self.reset()
         return value
 
     @property
     def needs_guide_again(self) -> bool:
         """Whether the second pass over micro-batches must run the guide again: feature statistics read its rows."""
-        return self.plan is not None and bool(self.plan.pairs("covariance"))
+        return self._step is not None and self._step.needs_guide_again
 
     @property
     def last(self) -> dict[str, Any]:
@@ -186,50 +207,46 @@ class Guidance:
         pairs: "target <- guide" -> {similarity, debiased, floor}; gradient_square: this rank's share of the squared
         norm of the gradient at the activations (sum it over ranks); seconds: this rank's time in guidance, the
         guide's forward included; bytes: what this rank handed to collectives.
+
+        Raises:
+            ValueError: a similarity that is not a number, on every rank alike.
         """
         names = ("similarity", "debiased", "floor")
         pairs = {}
         table = torch.stack(list(self._figures.values())).tolist() if self._figures else []
         for pair, (*row, ours, theirs) in zip(self._figures, table, strict=True):
+            if not math.isfinite(row[0]):
+                raise not_finite(pair)
             pairs[str(pair)] = dict(zip(names, row, strict=True))
             self._warn_of_no_spread(pair, (ours, theirs))
         square = float(self._gradient_square)
         return {"pairs": pairs, "gradient_square": square, "seconds": self._clock.seconds(), "bytes": self._num_bytes}
 
+    def reset(self) -> None:
+        """Forgets the step under way, as after an exception in the middle of it."""
+        self._step, self._now = None, _MicroBatch()
+
     def close(self) -> None:
         """Removes every hook from both networks."""
-        self._target.close()
-        self._guide.close()
+        self._target.recorder.close()
+        self._guide.recorder.close()
 
-    def _recorded(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Returns the target's and the guide's rows of this micro-batch, by layer."""
-        now = self._now
-        if not now.target:
-            now.target = self._take(self._target, self._lists[0], needs_graph=True)
-        if not self.pairs:
-            self._set_pairs(make_pairs(self._spec, list(now.target), list(now.guide), self._collision))
-        target = {pair.target: now.target[pair.target] for pair in self.pairs}
-        # A guide on the host hands its rows over to where the target computes (its weights may be elsewhere).
-        device = next(iter(target.values())).device
-        guide = {p.guide: now.guide[p.guide].to(device) for p in self.pairs if p.guide in now.guide}
-        return target, guide
-
-    def _take(
-        self, recorder: Recorder, layers: str | Sequence[str], *, needs_graph: bool = False
-    ) -> dict[str, Tensor]:
-        fired = recorder.take(needs_graph=needs_graph)
-        names = guidable(fired, layers) if recorder.keep is None else fired
-        return {name: self._similarity.prepare(self._select(fired[name])) for name in names}
-
-    def _select(self, activation: Activation) -> Tensor:
-        rows, self._now.row_weights = select(
-            activation.output,
-            self._rows,
-            mask=self._now.mask,
-            weights=self._now.weights,
-            channels_first=activation.channels_first,
+    def _new_step(self, plan: Plan) -> GuidanceStep:
+        self._step = GuidanceStep(
+            plan, self._wires, self._similarity, num_micro_batches=self._num_micro_batches, **self._keeping
         )
-        return rows
+        return self._step
+
+    def _recorded(self) -> tuple[LayerRows, LayerRows]:
+        """Returns the target's and the guide's rows of this micro-batch."""
+        now = self._now
+        if not now.target.rows:
+            now.target = self._target.take(weights=now.weights, mask=now.mask, needs_graph=True)
+        if not self.pairs:
+            self._set_pairs(make_pairs(self._spec, list(now.target.rows), list(now.guide.rows), self._collision))
+            for side, names in ((now.target, self._target.recorder.keep), (now.guide, self._guide.recorder.keep)):
+                side.rows = {name: rows for name, rows in side.rows.items() if name in (names or ())}
+        return now.target, now.guide
 
     def _warn_of_no_spread(self, pair: Pair, traces: tuple[float, float]) -> None:
         for (side, name), trace in zip(pair.nodes, traces, strict=True):
@@ -243,44 +260,35 @@ class Guidance:
 
     def _set_pairs(self, pairs: list[Pair]) -> None:
         self.pairs = pairs
-        self._target.keep = {pair.target for pair in pairs}
-        self._guide.keep = {pair.guide for pair in pairs}
+        self._target.recorder.keep = {pair.target for pair in pairs}
+        self._guide.recorder.keep = {pair.guide for pair in pairs}
 
-    def _first_step(self, target: dict[str, Tensor], guide: dict[str, Tensor]) -> Plan:
+    def _first_step(self, target: LayerRows, guide: LayerRows) -> Plan:
         """Returns the plan, made from numbers that all ranks share; checks the guide. Collective."""
-        bad = self.guide.check_finite(guide)
-        rows = next(iter(target.values()))
-        told = [rows.shape[0], 0 if bad is None else 1 + list(guide).index(bad)]
+        bad = self.guide.check_finite(guide.rows)
+        rows = next(iter(target.rows.values()))
+        told = [rows.shape[0], 0 if bad is None else 1 + list(guide.rows).index(bad)]
         everyone = self._wires.exchange(told, rows.device)
         worst = max(which for _, which in everyone)
         if worst:
-            raise self.guide.overflow(list(guide)[worst - 1])
-        widths: dict[Node, int] = {("target", name): value.shape[1] for name, value in target.items()}
-        widths |= {("guide", name): value.shape[1] for name, value in guide.items()}
+            raise self.guide.overflow(list(guide.rows)[worst - 1])
+        widths: dict[Node, int] = {("target", name): value.shape[1] for name, value in target.rows.items()}
+        widths |= {("guide", name): value.shape[1] for name, value in guide.rows.items()}
         most = max(count for count, _ in everyone) * self._wires.size * self._num_micro_batches
-        self.plan = make_plan(self.pairs, widths, most, self._wires.size, self._similarity.forms, self._layout)
+        padded = any(side.padding is not None and side.padding.layers for side in (target, guide))
+        forms = self._similarity.forms - ({"feature"} if padded and self._layout != "covariance" else set())
+        self.plan = make_plan(self.pairs, widths, most, self._wires.size, forms, self._layout)
         return self.plan
 
 
 @dataclass
 class _MicroBatch:
-    """What was recorded last: rows by layer, and which of them count."""
+    """What was recorded last, and which of its examples and positions count."""
 
     weights: Tensor | None = None
     mask: Tensor | None = None
-    row_weights: Tensor | None = None
-    target: dict[str, Tensor] = field(default_factory=dict)
-    guide: dict[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass
-class _Step:
-    """One optimizer step under way."""
-
-    statistics: Statistics
-    outcome: Outcome | None = None
-    num_collected: int = 0
-    num_used: int = 0
+    target: LayerRows = field(default_factory=LayerRows)
+    guide: LayerRows = field(default_factory=LayerRows)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import inspect
 import pkgutil
+import re
+import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -32,15 +36,64 @@ def names(kind: str) -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules([str(folder)]) if not m.name.startswith("_"))
 
 
+def is_path(name: str) -> bool:
+    """Returns whether `name` is the path of a Python file rather than the name of a file of this package."""
+    return name.endswith(".py")
+
+
 def module(kind: str, name: str) -> ModuleType:
-    """Returns the module behind `name`: a file of the folder `kind`.
+    """Returns the module behind `name`: a file of the folder `kind`, or the file at a path that ends in .py.
 
     Raises:
-        ValueError: no such file; the known names are listed and the closest is named.
+        ValueError: no such file (the known names are listed and the closest is named), or one that fails on import.
     """
+    if is_path(name):
+        return _module_at(kind, Path(name))
     if name not in names(kind):
         raise unknown(kind, name, names(kind))
     return importlib.import_module(f"{__package__}.{kind}.{name}")
+
+
+# What running a file's top level raises, short of an exit.
+_IMPORT_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+
+
+def _module_at(kind: str, path: Path) -> ModuleType:
+    """Returns the module made of a user's file. It is run anew each time, so an edited file counts."""
+    path = path.expanduser().resolve()
+    if not path.is_file():
+        raise ValueError(
+            f"{kind}: there is no file {path}. Give its path from the current folder or from the root, or one of "
+            f"{', '.join(names(kind))}."
+        )
+    # Dataclasses and pickle look a module up by its name.
+    spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", str(path)), path)
+    assert spec is not None, "the name ends in .py"
+    assert spec.loader is not None, "a file has a loader"
+    made = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = made
+    try:
+        spec.loader.exec_module(made)
+    except _IMPORT_ERRORS as error:
+        del sys.modules[spec.name]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f", line {lines[-1]}" if lines else ""
+        raise ValueError(
+            f"{kind}: {path}{where} fails on import: {type(error).__name__}: {error}. Mend the file."
+        ) from error
+    return made
 
 
 def find(kind: str, name: str) -> Callable[..., Any]:
@@ -50,7 +103,10 @@ def find(kind: str, name: str) -> Callable[..., Any]:
         ValueError: no such file, module or attribute; the known names are listed and the closest is named.
     """
     if ":" not in name:
-        return module(kind, name).build  # type: ignore[no-any-return]
+        holder = module(kind, name)
+        if not hasattr(holder, "build"):
+            raise ValueError(f"{kind}: {name} has no function `build`. Write one that returns what it is to make.")
+        return holder.build  # type: ignore[no-any-return]
     path, _, attribute = name.partition(":")
     try:
         found = importlib.import_module(path)

@@ -2,39 +2,51 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from scale_guide import lookup
-from scale_guide.similarity import _moments, debiased_cka
+from scale_guide.similarity import Preparation, _moments, _rows, debiased_cka
 from scale_guide.statistics import Layout, Matrices, Pair, Statistics, Wires, make_plan
+from scale_guide.statistics.matrices import exact_products
 
 
 class Similarity:
     """A similarity by name, with what its file says of itself.
 
     Args:
-        name: A file of scale_guide/similarity.
+        name: A file of scale_guide/similarity, or the path of a file of one's own that ends in .py.
+
+    Attributes:
+        rows: How its rows are prepared, a `Preparation`.
+        centre: Whether that takes their mean over the global batch off.
+        forms: {"gram"} or {"gram", "feature"}: what its matrices can be.
+        needs_norms: Whether its feature form takes the sums of squared row norms.
 
     Raises:
-        ValueError: no such file.
+        ValueError: no such file, or one that does not hold what a similarity needs.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.module: ModuleType = lookup.module("similarity", name)
-        self.rows: str = self.module.ROWS
         self.needs_norms = bool(getattr(self.module, "NORMS", False))
-        self.forms = {form for form in ("gram", "feature") if hasattr(self.module, form)}
+        _check(self)
+        self.rows: str = self.module.ROWS
+        self.centre = self.rows in ("centre", "unit_centre")
+        self.forms = {"gram", "feature"} if self.centre and hasattr(self.module, "feature") else {"gram"}
+        if lookup.is_path(name):
+            _try(self)
 
     def prepare(self, rows: Tensor) -> Tensor:
         """Returns rows [b, d] as the similarity wants them before centring: of unit length, or as they are."""
-        return torch.nn.functional.normalize(rows, dim=1) if self.rows == "unit" else rows
+        return _rows.unit(rows) if self.rows in ("unit", "unit_centre") else rows
 
     def of(self, matrices: Matrices, pair: Pair) -> Tensor:
         """Returns the similarity of one pair, a scalar, differentiable in the target's matrices."""
@@ -44,6 +56,62 @@ class Similarity:
         extra = (_norms(matrices, pair),) if self.needs_norms else ()
         blocks = matrices.features[x], matrices.crosses[pair], matrices.features[y]
         return self.module.feature(*blocks, *extra)  # type: ignore[no-any-return]
+
+
+def _check(similarity: Similarity) -> None:
+    """Raises ValueError if a similarity's file does not hold ROWS, gram and, if at all, feature as it should."""
+    name, module = similarity.name, similarity.module
+    known = get_args(Preparation)
+    if not hasattr(module, "ROWS"):
+        raise ValueError(
+            f"guidance.similarity={name!r} does not say how its rows are prepared. Set ROWS in it to one of "
+            f"{', '.join(known)}."
+        )
+    if module.ROWS not in known:
+        raise lookup.unknown(f"guidance.similarity={name!r}: ROWS", module.ROWS, known)
+    arguments = {"gram": ["K", "L"], "feature": ["A", "C", "D"] + ["norms"] * similarity.needs_norms}
+    for form, wanted in arguments.items():
+        function = getattr(module, form, None)
+        if function is None and form == "feature":
+            continue
+        if not callable(function):
+            raise ValueError(
+                f"guidance.similarity={name!r} has no function gram(K, L). Write one that returns a scalar."
+            )
+        try:
+            inspect.signature(function).bind(*wanted)
+        except TypeError as error:
+            raise ValueError(
+                f"guidance.similarity={name!r}: {form}{inspect.signature(function)} cannot be called with "
+                f"{len(wanted)} arguments ({error}). Define it as {form}({', '.join(wanted)})."
+            ) from error
+
+
+def _try(similarity: Similarity) -> None:
+    """Raises ValueError if a user's similarity gives no scalar with gradient, or its two forms differ, on 8 rows."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [similarity.prepare(torch.randn(8, d, dtype=torch.float64, generator=generator)) for d in (3, 2)]
+    x, y = (part - part.mean(dim=0) * similarity.centre for part in rows)
+    a, b = x.square().sum(dim=1), y.square().sum(dim=1)
+    norms = _moments.Norms(8, a @ b, a @ a, b @ b)
+    blocks = [(x.T @ x).requires_grad_(), (x.T @ y).requires_grad_(), y.T @ y]
+    values = {"gram": similarity.module.gram((x @ x.T).requires_grad_(), y @ y.T)}
+    if "feature" in similarity.forms:
+        values["feature"] = similarity.module.feature(*blocks, *[norms] * similarity.needs_norms)
+    for form, value in values.items():
+        if not (isinstance(value, Tensor) and value.dim() == 0 and value.requires_grad):
+            found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"guidance.similarity={similarity.name!r}: {form} must return a scalar tensor that carries gradient, "
+                f"but on random rows it gave {found} without. Compute it from its arguments by torch operations alone."
+            )
+    results = [float(value.detach()) for value in values.values()]
+    if max(results) - min(results) > 1e-6:
+        raise ValueError(
+            f"guidance.similarity={similarity.name!r}: of the same 8 random rows gram makes {results[0]:.6f} and "
+            f"feature {results[1]:.6f}. They must be equal, for layouts choose between them: correct one or remove "
+            "feature."
+        )
 
 
 @dataclass
@@ -63,16 +131,32 @@ class Outcome:
 
 def evaluate(matrices: Matrices, similarity: Similarity, pairs: Sequence[Pair], weight: float) -> Outcome:
     """Returns the outcome of one global batch; equal on every rank, and no rank speaks to another."""
-    leaves = matrices.of_target()
-    for leaf in leaves:
-        leaf.requires_grad_()
-    with torch.enable_grad():
-        similarities = {pair: similarity.of(matrices, pair) for pair in pairs}
-        loss = torch.stack([weight * pair.weight * (1 - value) for pair, value in similarities.items()]).sum()
-        gradients = matrices.gradients(loss)
-    for leaf in leaves:
-        leaf.requires_grad_(False)
-    return Outcome(loss.detach(), gradients, {pair: value.detach() for pair, value in similarities.items()})
+    similarities, gradients = {}, Matrices(matrices.num_rows)
+    total = torch.zeros((), device=matrices.device)
+    # A similarity may multiply matrices: autocast would do that in bf16, forwards and backwards.
+    with exact_products(matrices.device):
+        for pair in pairs:
+            leaves = matrices.of_target(pair).values()
+            for leaf in leaves:
+                leaf.requires_grad_()
+            with torch.enable_grad():
+                value = similarity.of(matrices, pair)
+                loss = weight * pair.weight * (1 - value)
+                # Pair by pair, for each holds several [n, n] matrices in its graph.
+                gradients.add_gradients(loss, matrices, pair)
+            for leaf in leaves:
+                leaf.requires_grad_(False)
+            similarities[pair], total = value.detach(), total + loss.detach()
+    return Outcome(total, gradients, similarities)
+
+
+def not_finite(pair: Pair) -> ValueError:
+    """Returns the error for a pair whose similarity is NaN: it names the layers and the ways out."""
+    return ValueError(
+        f"The similarity of {pair} is not a number: one of the two layers gives inf, NaN, or numbers whose squares or "
+        "fourth powers leave fp32. If the run diverges, lower optimizer.lr or set optimizer.clip_norm; else choose "
+        "other layers."
+    )
 
 
 def _norms(matrices: Matrices, pair: Pair) -> _moments.Norms:
@@ -81,15 +165,27 @@ def _norms(matrices: Matrices, pair: Pair) -> _moments.Norms:
 
 
 @torch.no_grad()
-def companions(matrices: Matrices, pair: Pair) -> tuple[Tensor, ...]:
-    """Returns debiased CKA, the permutation floor, and whether target and guide layer have any spread (1 or 0)."""
+def companions(matrices: Matrices, pair: Pair, *, centred: bool = True) -> tuple[Tensor, ...]:
+    """Returns debiased CKA, the permutation floor, and whether target and guide layer have any spread (1 or 0).
+
+    Of the rows as the similarity prepares them, centred: with unit rows these are the figures of CKA on unit rows.
+
+    Args:
+        matrices: Of one global batch.
+        pair: One of its pairs.
+        centred: Whether the matrices are those of centred rows (`Similarity.centre`). If not they are centred here,
+            which in fp32 is good to about 1e-7 (|mean| / std)^2; and a layer counts as without spread if it is zero.
+    """
     x, y = pair.nodes
     if x in matrices.grams:
-        moments = _moments.of_grams(matrices.grams[x], matrices.grams[y])
+        grams = matrices.grams[x], matrices.grams[y]
+        moments = _moments.of_grams(*(grams if centred else map(_moments.centred, grams)))
+        traces = [gram.diagonal().sum() for gram in grams]
     else:
         blocks = matrices.features[x], matrices.crosses[pair], matrices.features[y]
         moments = _moments.of_features(*blocks, _norms(matrices, pair))
-    spread = ((trace != 0).to(trace) for trace in (moments.target_trace, moments.guide_trace))
+        traces = [moments.target_trace, moments.guide_trace]
+    spread = ((trace != 0).to(trace) for trace in traces)
     return debiased_cka.of_moments(moments), _moments.null_floor(moments), *spread
 
 

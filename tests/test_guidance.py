@@ -61,7 +61,7 @@ def train_guided(
     lines = Wires(group)
     x, y = (part.tensor_split(lines.size)[lines.rank] for part in data())
     bare, target = target, DistributedDataParallel(target, process_group=group) if lines.size > 1 else target
-    guidance = Guidance(bare, guide, weight=weight, layout=layout, group=group)
+    guidance = Guidance(bare, guide, weight=weight, layout=layout, num_micro_batches=k, group=group)
     optimizer = torch.optim.SGD(target.parameters(), lr=0.5)
     losses = []
     for _ in range(num_steps):

@@ -9,16 +9,16 @@ import torch
 from conftest import CheckFailedError, Pool
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import SIMILARITIES as REFERENCES
 from reference import cka, related_rows
 from torch import Tensor
 
 from scale_guide import linear_cka
 from scale_guide.objective import Similarity, evaluate
-from scale_guide.statistics import Pair, Statistics, Wires, count_bytes, make_plan, wires
+from scale_guide.statistics import Padding, Pair, Statistics, Storage, Wires, count_bytes, make_plan, wires
 
 LAYOUTS = ("gather", "transpose", "covariance")
 SIMILARITIES = ("cka", "debiased_cka")
-ESTIMATOR = {"cka": "biased", "debiased_cka": "debiased"}
 
 
 def shards(x: Tensor, num_processes: int, num_micro_batches: int, uneven: bool = False) -> list[list[Tensor]]:
@@ -40,24 +40,37 @@ def one_step(
     k: int = 1,
     uneven: bool = False,
     weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    guide_first: bool = False,
+    storage: Storage = Storage(),  # noqa: B008 - frozen
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The guidance loss of one step and this rank's gradient by target layer, for its rows in order."""
     lines, measure = Wires(group), Similarity(similarity)
     widths = {("target", n): v.shape[1] for n, v in x.items()} | {("guide", n): v.shape[1] for n, v in y.items()}
     plan = make_plan(pairs, widths, len(next(iter(x.values()))), lines.size, measure.forms, layout)
-    own_x = {n: shards(v, lines.size, k, uneven)[lines.rank] for n, v in x.items()}
-    own_y = {n: shards(v, lines.size, k, uneven)[lines.rank] for n, v in y.items()}
+    raw = {n: [part.detach() for part in shards(v, lines.size, k, uneven)[lines.rank]] for n, v in x.items()}
+    own_x = {n: [measure.prepare(part.requires_grad_()) for part in v] for n, v in raw.items()}
+    own_y = {n: [measure.prepare(part) for part in shards(v, lines.size, k, uneven)[lines.rank]] for n, v in y.items()}
     own_w = [None] * k if weights is None else shards(weights, lines.size, k, uneven)[lines.rank]
-    statistics = Statistics(plan, lines)
+    own_mask = [None] * k if mask is None else shards(mask, lines.size, k, uneven)[lines.rank]
+    statistics = Statistics(plan, lines, centre=measure.centre, storage=storage)
     for j in range(k):
-        statistics.add({n: v[j] for n, v in own_x.items()}, {n: v[j] for n, v in own_y.items()}, own_w[j])
+        ours, theirs = {n: v[j] for n, v in own_x.items()}, {n: v[j] for n, v in own_y.items()}
+        padding = None if mask is None else Padding(own_mask[j], frozenset(widths))
+        if guide_first:
+            statistics.add_guide(theirs, own_w[j], padding=padding)
+            statistics.reduce_guide()
+            statistics.add_target(ours, {} if layout != "covariance" else theirs, own_w[j], padding=padding)
+        else:
+            statistics.add(ours, theirs, own_w[j], padding=padding)
     outcome = evaluate(statistics.reduce(), measure, pairs, weight=2.0)
     statistics.send_back(outcome.gradients)
     gradients = {}
     for name, value in own_x.items():
         guide = [{n: v[j] for n, v in own_y.items()} for j in range(k)]
         parts = [statistics.rows_gradient(j, name, value[j], guide[j], own_w[j]) for j in range(k)]
-        gradients[name] = torch.cat(parts)
+        raw_parts = [torch.autograd.grad(value[j], raw[name][j], parts[j].to(value[j].dtype))[0] for j in range(k)]
+        gradients[name] = torch.cat(raw_parts)
     return outcome.loss, gradients
 
 
@@ -65,10 +78,9 @@ def check_against_reference(pool: Pool, world_size: int, tolerance: float = 1e-1
     results = pool.run(one_step, world_size, **case)
     valid = slice(None) if case.get("weights") is None else case["weights"] > 0
     leaves = {name: value.double().clone().requires_grad_() for name, value in case["x"].items()}
-    estimator = ESTIMATOR[case["similarity"]]
+    reference = REFERENCES[case["similarity"]]
     expected = sum(
-        2.0 * p.weight * (1 - cka(leaves[p.target][valid], case["y"][p.guide][valid], estimator))
-        for p in case["pairs"]
+        2.0 * p.weight * (1 - reference(leaves[p.target][valid], case["y"][p.guide][valid])) for p in case["pairs"]
     )
     expected.backward()
     for loss, _ in results:
@@ -204,7 +216,7 @@ def test_without_any_process_group() -> None:
 def test_any_shape_in_one_process(n: int, p: int, q: int, k: int, layout: str, similarity: str, seed: int) -> None:
     x, y = related_rows(n, p, q, seed=seed, mean=float(seed % 7))
     leaf = x.clone().requires_grad_()
-    expected = 2.0 * (1 - cka(leaf, y, ESTIMATOR[similarity]))
+    expected = 2.0 * (1 - REFERENCES[similarity](leaf, y))
     if not expected.isfinite() or (n == 4 and similarity == "debiased_cka"):
         return  # the unbiased estimate of a variance may be negative at so few rows
     expected.backward()

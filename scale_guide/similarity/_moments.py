@@ -40,9 +40,22 @@ def _inverse(trace: Tensor) -> Tensor:
     return torch.where(trace == 0, torch.ones_like(trace), trace).reciprocal()
 
 
+def unit_trace(K: Tensor) -> Tensor:
+    """Returns K [n, n] over its trace, which counts as a constant; a zero matrix stays zero.
+
+    For similarities that ignore scale: their gradient is the same, and squares of K neither overflow nor underflow.
+    """
+    return K * _inverse(K.diagonal().sum())
+
+
+def centred(K: Tensor) -> Tensor:
+    """Returns H K H [n, n], H = I - 11'/n: the Gram matrix of the rows (of a kernel: its features) less the mean."""
+    return K - K.mean(dim=0) - K.mean(dim=1, keepdim=True) + K.mean()
+
+
 def of_grams(K: Tensor, L: Tensor) -> Moments:
     """Returns the moments of a pair from its Gram matrices K, L [n, n] of prepared rows."""
-    K, L = K * _inverse(K.diagonal().sum()), L * _inverse(L.diagonal().sum())
+    K, L = unit_trace(K), unit_trace(L)
     a, b = K.diagonal(), L.diagonal()
     inner = ((K * L).sum(), K.square().sum(), L.square().sum())
     return Moments(K.shape[0], *inner, (a * b).sum(), a.square().sum(), b.square().sum(), a.sum(), b.sum())
@@ -54,9 +67,23 @@ def of_features(A: Tensor, C: Tensor, D: Tensor, norms: Norms | None = None) -> 
     x, y = _inverse(traces[0]), _inverse(traces[1])
     xy, xx, yy = (C * (x * y).sqrt()).square().sum(), (A * x).square().sum(), (D * y).square().sum()
     zero = torch.zeros_like(xy)
-    n, product, target, guide = norms or Norms(0, zero, zero, zero)
-    diagonals = (product * x * y, target * x.square(), guide * y.square())
+    if norms is None:
+        return Moments(0, xy, xx, yy, zero, zero, zero, traces[0] * x, traces[1] * y)
+    n, product, target, guide = norms
+    out_of_range = _out_of_range(n, target, traces[0]) | _out_of_range(n, guide, traces[1])
+    one = torch.ones_like(zero).masked_fill(out_of_range, torch.nan)
+    diagonals = (product * x * y * one, target * x.square() * one, guide * y.square() * one)
     return Moments(n, xy, xx, yy, *diagonals, traces[0] * x, traces[1] * y)
+
+
+def _out_of_range(n: int, square: Tensor, trace: Tensor) -> Tensor:
+    """Returns whether sum a^2, a fourth power of the rows, left the number format although sum a did not.
+
+    In fp32 that happens below 1e-9 and above 1e9. It shows: n sum a^2 is never less than (sum a)^2.
+    """
+    square, trace = square.detach(), trace.detach()
+    below = (square < torch.finfo(square.dtype).tiny) | (n * square < 0.99 * trace.square())
+    return (below & (trace != 0)) | ~square.isfinite()
 
 
 def ratio(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:

@@ -6,13 +6,11 @@ HSIC cancels (Kornblith et al. 2019; PAPER.md section 3).
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor
 
-from scale_guide.similarity import _moments
+from scale_guide.similarity import Preparation, _moments
 
-ROWS: Literal["centre", "none", "unit"] = "centre"
+ROWS: Preparation = "centre"
 
 
 def gram(K: Tensor, L: Tensor) -> Tensor:

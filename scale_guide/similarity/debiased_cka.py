@@ -6,15 +6,13 @@ rows (Song et al. 2012, rewritten for centred rows; DESIGN 3). Can be negative. 
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from scale_guide.similarity import _moments
+from scale_guide.similarity import Preparation, _moments
 from scale_guide.similarity._moments import Moments, Norms
 
-ROWS: Literal["centre", "none", "unit"] = "centre"
+ROWS: Preparation = "centre"
 NORMS = True
 
 

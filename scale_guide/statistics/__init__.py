@@ -4,8 +4,9 @@ The only storey that communicates, and the only place with the factor W.
 """
 
 from scale_guide.statistics.matrices import Matrices
-from scale_guide.statistics.plan import LAYOUTS, Layout, Node, Pair, Plan, make_plan
+from scale_guide.statistics.plan import LAYOUTS, Layout, Node, Pair, Plan, Side, check_memory, make_plan
 from scale_guide.statistics.statistics import MIN_ROWS, Rows, Statistics
+from scale_guide.statistics.storage import Padding, Storage
 from scale_guide.statistics.wires import Wires, count_bytes
 
 __all__ = [
@@ -14,11 +15,15 @@ __all__ = [
     "Layout",
     "Matrices",
     "Node",
+    "Padding",
     "Pair",
     "Plan",
     "Rows",
+    "Side",
     "Statistics",
+    "Storage",
     "Wires",
+    "check_memory",
     "count_bytes",
     "make_plan",
 ]

@@ -164,7 +164,7 @@ class CovarianceStatistics:
         rows = {pair: prepared(guide[pair.nodes[1]], pair.nodes[1]) for pair in self._pairs if pair.nodes[0] == node}
         for pair, y in rows.items():
             result.addmm_(y, gradients.crosses[pair].T)
-        if self._norms:
+        if node in gradients.squares:
             self._add_norms(result, gradients, node, x, rows, valid)
         return result.mul_(size)
 

@@ -7,90 +7,121 @@ all-to-all back. The wide activations cross the wire once, whatever the number o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from scale_guide.statistics.matrices import Matrices, add_symmetric, without_spread
-from scale_guide.statistics.plan import Node, Pair
-from scale_guide.statistics.wires import Wires
+from scale_guide.statistics.plan import Node, Pair, Side
+from scale_guide.statistics.storage import Padding, Storage
+from scale_guide.statistics.wires import Wires, shard_sizes
 
 _BLOCK_COLUMNS = 8192
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Some columns of all valid rows, prepared [n, c]; of padded sequences also which entries are real."""
+
+    rows: Tensor
+    real: Tensor | None
 
 
 class GramStatistics:
     """Rows of one step -> K, L of the listed pairs, and dK -> the gradient of this rank's own target rows."""
 
-    def __init__(self, pairs: Sequence[Pair], wires: Wires, *, transpose: bool, centre: bool) -> None:
-        self._wires, self._centre = wires, centre
+    def __init__(
+        self, pairs: Sequence[Pair], wires: Wires, *, transpose: bool, centre: bool, storage: Storage
+    ) -> None:
+        self._wires, self._centre, self._storage = wires, centre, storage
         self._transpose = transpose and wires.size > 1
-        nodes = list(dict.fromkeys(node for pair in pairs for node in pair.nodes))
-        self.nodes = frozenset(nodes)
-        self._targets = [node for node in nodes if node[0] == "target"]
-        self._guides = [node for node in nodes if node[0] == "guide"]
-        self._stored: dict[Node, list[Tensor]] = {node: [] for node in nodes}
+        self.nodes = list(dict.fromkeys(node for pair in pairs for node in pair.nodes))
+        self._stored: dict[Node, list[Tensor]] = {node: [] for node in self.nodes}
         self._weights: list[Tensor] = []
+        self._masks: list[Tensor] = []
+        self._padded: frozenset[Node] = frozenset()
         self._widths: dict[Node, int] = {}
-        self._kept: dict[Node, Tensor] = {}
-        self._home: dict[Node, tuple[Tensor, ...]] = {}
+        self._kept: dict[Node, _Columns] = {}
+        self._home: dict[Node, list[Tensor]] = {}
 
-    def add(self, rows: dict[Node, Tensor], weights: Tensor) -> None:
-        """Keeps one micro-batch: rows [b, d] by layer and their weights [b], 1 or 0."""
-        for node, stored in self._stored.items():
-            stored.append(rows[node])
+    def add(self, rows: Mapping[Node, Tensor], padding: Padding | None) -> None:
+        """Keeps one micro-batch's rows [b, d] of some layers."""
+        for node in rows.keys() & set(self.nodes):
+            self._stored[node].append(self._storage.rows(rows[node]))
+        if padding is not None:
+            self._padded |= padding.layers & set(self.nodes)
+
+    def add_weights(self, weights: Tensor, padding: Padding | None) -> None:
+        """Keeps one micro-batch's weights [b], 1 or 0, and which positions of its sequences are real."""
         self._weights.append(weights)
+        if padding is not None:
+            self._masks.append(padding.mask)
 
-    def reduce(self, matrices: Matrices, num_rows_per_rank: int, dtype: torch.dtype) -> None:
-        """Puts K and L into `matrices.grams`. Collective: call on every rank.
+    def agree(self, num_valid: int, num_rows_per_rank: int) -> None:
+        """Learns which rows of the global batch count. Collective: call on every rank.
 
         Args:
-            matrices: Where the result goes; `num_rows` says how many rows of the global batch are valid.
+            num_valid: Valid rows of the global batch.
             num_rows_per_rank: The largest number of rows that any rank has; shorter ranks are padded with weight 0.
-            dtype: Of the matrices.
         """
-        if not self._stored:
+        self._valid = self._real = None
+        self._num_valid = num_valid
+        # Else the rows may be the caller's own, which must not be centred in place.
+        self._owned = self._wires.size > 1 or len(self._weights) > 1
+        self._lacking = num_rows_per_rank - sum(len(w) for w in self._weights)
+        if not self.nodes or (num_valid == num_rows_per_rank * self._wires.size and not self._masks):
             return
-        self._padding = num_rows_per_rank - sum(w.shape[0] for w in self._weights)
-        self._num_valid = matrices.num_rows
-        self._valid = self._gather_valid(num_rows_per_rank)
-        means: dict[Node, Tensor] = {}
+        own = torch.cat(
+            [(torch.cat(self._weights) > 0)[:, None], *([torch.cat(self._masks)] if self._padded else [])], 1
+        )
+        own = torch.nn.functional.pad(own.to(torch.uint8), (0, 0, 0, self._lacking))
+        everyone: list[Tensor] = []
+        self._wires.all_rows([own], lambda _, rows: everyone.append(rows > 0))
+        self._valid = everyone[0][:, 0]
+        self._real = everyone[0][self._valid, 1:] if self._masks else None
 
-        def use_guide(i: int, rows: Tensor) -> None:
-            node = self._guides[i]
-            matrices.grams[node], means[node] = self._guide_gram(rows, dtype)
+    def reduce(self, side: Side, matrices: Matrices, dtype: torch.dtype) -> None:
+        """Puts K (side target) or L (side guide) into `matrices.grams`. Collective: call on every rank.
 
-        def use_target(i: int, rows: Tensor) -> None:
-            node = self._targets[i]
-            matrices.grams[node], means[node] = self._target_gram(node, rows, dtype)
+        The guide's rows are dropped as they are used, the target's are kept as `send_back` needs them.
+        """
+        nodes = [node for node in self.nodes if node[0] == side]
+        energies: list[Tensor] = []
+
+        def use(i: int, rows: Tensor) -> None:
+            make = self._target_gram if side == "target" else self._guide_gram
+            matrices.grams[nodes[i]], energy = make(nodes[i], rows, dtype)
+            energies.append(energy)
 
         bring = self._wires.to_features if self._transpose else self._wires.all_rows
-        bring([self._local_rows(node) for node in self._guides], use_guide)
-        bring([self._local_rows(node) for node in self._targets], use_target)
+        bring([self._local_rows(node) for node in nodes], use, self._weights[0].device)
         if self._transpose:
-            self._wires.all_reduce_symmetric([matrices.grams[node] for node in means], list(means.values()))
-        for node, mean_energy in means.items():
+            self._wires.all_reduce_symmetric([matrices.grams[node] for node in nodes], energies)
+        for node, energy in zip(nodes, energies, strict=True):
             gram = matrices.grams[node]
-            gram.mul_(~without_spread(gram.diagonal().sum(), mean_energy))
+            gram.mul_(~without_spread(gram.diagonal().sum(), energy))
 
     def send_back(self, gradients: Matrices) -> None:
         """Turns dK into the gradient of this rank's own rows, dX = H (dK + dK') H X. Collective: call on every rank.
 
         The factor W makes it the gradient after the engine's mean over ranks.
         """
-        products = {}
-        for node in self._targets:
+        targets = list(self._kept)
+        homes = []
+        for node in targets:
             mixing = gradients.grams[node] + gradients.grams[node].T
-            if self._centre:
+            if self._centre and node not in self._padded:
                 mixing -= mixing.mean(dim=0)
             mixing *= self._wires.size
-            products[node] = self._pull_back(mixing, self._kept.pop(node))
-        homes: Sequence[Tensor] = list(products.values())
+            homes.append(self._pull_back(node, mixing, self._kept.pop(node)))
         if self._transpose:
-            homes = self._wires.to_rows(homes, [self._widths[node] for node in products])
-        sizes = [w.shape[0] for w in self._weights]
-        for node, home in zip(products, homes, strict=True):
-            self._home[node] = torch.split(home[: sum(sizes)], sizes)
+            homes = self._wires.to_rows(homes, [self._widths[node] for node in targets])
+        sizes = [len(w) for w in self._weights]
+        for node in targets:
+            home = homes.pop(0)[: sum(sizes)]
+            self._home[node] = [self._storage.gradient(part) for part in torch.split(home, sizes)]
 
     def rows_gradient(self, micro_batch: int, node: Node) -> Tensor:
         """Returns the gradient [b, p] of the target layer `node` for one micro-batch, in the order added."""
@@ -101,56 +132,88 @@ class GramStatistics:
         rows = stored[0] if len(stored) == 1 else torch.cat(stored)
         stored.clear()
         self._widths[node] = rows.shape[1]
-        return rows if not self._padding else torch.nn.functional.pad(rows, (0, 0, 0, self._padding))
+        return rows if not self._lacking else torch.nn.functional.pad(rows, (0, 0, 0, self._lacking))
 
-    def _gather_valid(self, num_rows_per_rank: int) -> Tensor | None:
-        """Returns which rows of the global batch are valid [N], rank by rank; None when all are."""
-        if self._num_valid == num_rows_per_rank * self._wires.size:
-            return None
-        own = torch.nn.functional.pad(torch.cat(self._weights), (0, self._padding))
-        everyone: list[Tensor] = []
-        self._wires.all_rows([own[:, None].float()], lambda _, rows: everyone.append(rows))
-        return everyone[0][:, 0] > 0
-
-    def _select(self, rows: Tensor) -> Tensor:
-        return rows if self._valid is None else rows[self._valid]
-
-    def _prepare(self, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Returns valid rows in `dtype`, centred if the similarity asks for it, and n |mean|^2 of what was removed."""
-        selected = self._select(rows).to(dtype)
+    def _columns(self, node: Node, rows: Tensor, first: int, dtype: torch.dtype) -> tuple[_Columns, Tensor]:
+        """Returns the valid rows of columns `first`, `first` + 1, ..., prepared, and n |mean|^2 of the removed."""
+        values = (rows if self._valid is None else rows[self._valid]).to(dtype)
+        real = self._real_entries(node, first, rows.shape[1]) if node in self._padded else None
         if not self._centre:
-            return selected, selected.new_zeros(())
-        mean = selected.mean(dim=0)
-        ours = selected is not rows or self._wires.size > 1
-        centred = selected.sub_(mean) if ours else selected - mean
-        return centred, mean.square().sum() * selected.shape[0]
+            return _Columns(values, real), values.new_zeros(())
+        if values is rows and not self._owned:
+            values = values.clone()
+        energy = _centre(values, real)
+        return _Columns(values, real), energy
+
+    def _real_entries(self, node: Node, first: int, num_columns: int) -> Tensor:
+        assert self._real is not None, "a padded layer has a mask"
+        position = torch.arange(first, first + num_columns, device=self._real.device)
+        return self._real[:, position // (self._widths[node] // self._real.shape[1])]
 
     def _target_gram(self, node: Node, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        self._kept[node], mean_energy = self._prepare(rows, dtype)
+        self._kept[node], energy = self._columns(node, rows, self._first_column(node), dtype)
         gram = rows.new_zeros(self._num_valid, self._num_valid, dtype=dtype)
-        return add_symmetric(gram, self._kept[node]), mean_energy
+        return add_symmetric(gram, self._kept[node].rows), energy
 
-    def _guide_gram(self, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _guide_gram(self, node: Node, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """As for a target, but block by block and keeping nothing: fp16 rows never exist whole in fp32."""
         gram = rows.new_zeros(self._num_valid, self._num_valid, dtype=dtype)
         energy = rows.new_zeros((), dtype=dtype)
-        for block in torch.split(rows, _BLOCK_COLUMNS, dim=1):
-            prepared, mean_energy = self._prepare(block, dtype)
-            add_symmetric(gram, prepared)
-            energy += mean_energy
+        first = self._first_column(node)
+        for start in range(0, rows.shape[1], _BLOCK_COLUMNS):
+            block, removed = self._columns(node, rows[:, start : start + _BLOCK_COLUMNS], first + start, dtype)
+            add_symmetric(gram, block.rows)
+            energy += removed
         return gram, energy
 
-    def _pull_back(self, mixing: Tensor, rows: Tensor) -> Tensor:
-        """Returns mixing @ rows: of all rows and own columns (transpose), or of own rows and all columns (gather)."""
-        valid = self._valid
+    def _first_column(self, node: Node) -> int:
+        sizes = shard_sizes(self._widths[node], self._wires.size) if self._transpose else [0]
+        return sum(sizes[: self._wires.rank])
+
+    def _pull_back(self, node: Node, mixing: Tensor, kept: _Columns) -> Tensor:
+        """Returns mixing @ rows: of all rows and own columns (transpose), or of own rows and all columns (gather).
+
+        A padded layer is centred over its real entries alone, and so is its gradient, column by column.
+        """
+        valid, padded = self._valid, self._centre and kept.real is not None
         if self._transpose:
-            return _spread(mixing @ rows, valid)
-        num_rows = len(rows if valid is None else valid) // self._wires.size
+            product = mixing @ kept.rows
+            if padded:
+                _centre(product, kept.real)
+            return _spread(product, valid)
+        num_rows = (len(kept.rows) if valid is None else len(valid)) // self._wires.size
         own = slice(self._wires.rank * num_rows, (self._wires.rank + 1) * num_rows)
         if valid is None:
-            return mixing[own] @ rows
+            return mixing[own] @ kept.rows
         first = int(valid[: own.start].sum())
-        return _spread(mixing[first : first + int(valid[own].sum())] @ rows, valid[own])
+        rows = slice(first, first + int(valid[own].sum()))
+        product = mixing[rows] @ kept.rows
+        if padded and kept.real is not None:
+            product.sub_(self._masked_column_means(mixing, kept)).mul_(kept.real[rows])
+        return _spread(product, valid[own])
+
+    def _masked_column_means(self, mixing: Tensor, kept: _Columns) -> Tensor:
+        """Returns the column means of mixing @ rows over real entries, without the product of other ranks' rows."""
+        assert self._real is not None, "a padded layer has a mask"
+        real = self._real.to(mixing.dtype)
+        rows = kept.rows.view(len(kept.rows), real.shape[1], -1)
+        sums = torch.einsum("tn,nth->th", real.T @ mixing, rows)
+        return (sums / real.sum(dim=0).clamp_min(1)[:, None]).flatten()
+
+
+def _centre(values: Tensor, real: Tensor | None) -> Tensor:
+    """Removes the column means of values [n, c], in place; returns n |mean|^2.
+
+    Of padded sequences the mean is that of the real entries, and the others become zero, as if they had it.
+    """
+    if real is None:
+        mean = values.mean(dim=0)
+        values.sub_(mean)
+        return mean.square().sum() * len(values)
+    counts = real.sum(dim=0).clamp_min(1)
+    mean = values.mul_(real).sum(dim=0) / counts
+    values.sub_(mean).mul_(real)
+    return (mean.square() * counts).sum()
 
 
 def _spread(rows: Tensor, valid: Tensor | None) -> Tensor:

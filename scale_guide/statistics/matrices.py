@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -40,26 +41,32 @@ class Matrices:
     squares: dict[Node, Tensor] = field(default_factory=dict)
     products: dict[Pair, Tensor] = field(default_factory=dict)
 
-    def of_target(self) -> list[Tensor]:
-        """Returns every tensor that depends on target rows, in one fixed order."""
-        by_layer = [self.grams, self.features, self.squares]
-        own = [value for table in by_layer for (side, _), value in table.items() if side == "target"]
-        return [*own, *self.crosses.values(), *self.products.values()]
+    @property
+    def device(self) -> torch.device:
+        """Where the matrices are."""
+        return next(iter([*self.grams.values(), *self.features.values()])).device
 
-    def gradients(self, total: Tensor) -> Matrices:
-        """Returns d(total) / d(each tensor of the target) under the same keys; zero where it does not depend on it."""
-        leaves = self.of_target()
-        grads = iter(torch.autograd.grad(total, leaves, materialize_grads=True))
-        result = Matrices(self.num_rows)
-        for mine, theirs in (
-            (self.grams, result.grams),
-            (self.features, result.features),
-            (self.squares, result.squares),
-        ):
-            theirs.update({node: next(grads) for node in mine if node[0] == "target"})
-        result.crosses.update({pair: next(grads) for pair in self.crosses})
-        result.products.update({pair: next(grads) for pair in self.products})
-        return result
+    def of_target(self, pair: Pair) -> dict[tuple[str, Node | Pair], Tensor]:
+        """Returns the tensors of a pair that depend on target rows, by table and key."""
+        node = pair.nodes[0]
+        places: list[tuple[str, Node | Pair]] = [("grams", node), ("features", node), ("squares", node)]
+        places += [("crosses", pair), ("products", pair)]
+        return {(table, key): getattr(self, table)[key] for table, key in places if key in getattr(self, table)}
+
+    def add_gradients(self, total: Tensor, of: Matrices, pair: Pair) -> None:
+        """Adds to these, under the same keys, d(total) / d(each tensor of a pair's target in `of`).
+
+        Where `total` does not depend on it that is zero; `squares` and `products` then get no entry.
+        """
+        leaves = of.of_target(pair)
+        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        gradients = cast("Sequence[Tensor | None]", found)
+        for ((table, key), leaf), gradient in zip(leaves.items(), gradients, strict=True):
+            sums = getattr(self, table)
+            if gradient is not None:
+                sums[key] = gradient if key not in sums else sums[key] + gradient
+            elif table not in ("squares", "products"):
+                sums.setdefault(key, torch.zeros_like(leaf))
 
 
 def without_spread(trace: Tensor, mean_energy: Tensor) -> Tensor:
@@ -85,9 +92,13 @@ def add_symmetric(matrix: Tensor, rows: Tensor) -> Tensor:
 def exact_products(device: torch.device) -> Iterator[None]:
     """Turns autocast and TF32 off: under autocast `x.float() @ x.float().T` would come back in bf16."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    # Even setting it to what it is makes torch.compile compile once more.
+    lower = before != "highest"
+    if lower:
+        torch.set_float32_matmul_precision("highest")
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if lower:
+            torch.set_float32_matmul_precision(before)

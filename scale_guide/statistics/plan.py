@@ -131,6 +131,24 @@ def make_plan(
     return Plan(tuple(parts), dict(widths), num_rows, num_processes)
 
 
+def check_memory(plan: Plan, num_bytes: int) -> None:
+    """Checks that the Gram matrices of each part, fp32, fit into `num_bytes` of memory.
+
+    Raises:
+        ValueError: they do not; names the pair, the size and the ways out.
+    """
+    for part in plan.parts:
+        nodes = {node for pair in part.pairs for node in pair.nodes}
+        size = 4 * len(nodes) * plan.num_rows**2
+        if part.layout != "covariance" and size > num_bytes:
+            raise ValueError(
+                f"guidance: the pair {part.pairs[0]} and what shares a layer with it need {len(nodes)} matrices of "
+                f"{plan.num_rows:,} x {plan.num_rows:,} rows: {size / 1e9:,.0f} GB of {num_bytes / 1e9:,.0f} here. "
+                "Use guidance.rows mean or last, a smaller training.batch_size, or a similarity with a feature form "
+                "(cka) and layout auto."
+            )
+
+
 def _connected(pairs: Sequence[Pair]) -> list[list[Pair]]:
     groups: list[tuple[set[Node], list[Pair]]] = []
     for pair in pairs:

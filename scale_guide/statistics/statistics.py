@@ -11,10 +11,12 @@ from torch import Tensor
 from scale_guide.statistics.covariance import CovarianceStatistics
 from scale_guide.statistics.gram import GramStatistics
 from scale_guide.statistics.matrices import Matrices, exact_products
-from scale_guide.statistics.plan import Node, Plan
+from scale_guide.statistics.plan import Layout, Node, Plan, Side
+from scale_guide.statistics.storage import Padding, Storage
 from scale_guide.statistics.wires import Wires
 
 Rows = Mapping[str, Tensor]
+_GRAM_LAYOUTS: tuple[tuple[Layout, bool], ...] = (("gather", False), ("transpose", True))
 MIN_ROWS = 4
 """Fewest rows of a global batch: the unbiased estimate of HSIC divides by n - 3."""
 
@@ -22,57 +24,100 @@ MIN_ROWS = 4
 class Statistics:
     """The statistics of one optimizer step, by the layouts of a plan.
 
-    Use: `add` once per micro-batch, `reduce` once, `send_back` once, `rows_gradient` per micro-batch and layer.
+    Use: `add` once per micro-batch, `reduce` once, `send_back` once, `rows_gradient` per micro-batch and layer. With a
+    single micro-batch, `add_guide` and `reduce_guide` before the target runs and `add_target` after it, in place of
+    `add`: then no guide rows lie about while the target makes its own.
 
     Args:
         plan: Which layout computes which pairs.
         wires: The ranks that share the batch.
         centre: Whether the similarity wants rows centred over the global batch.
         norms: Whether `covariance` also gives the sums of squared row norms, for unbiased estimators.
+        storage: How the Gram layouts keep rows until `reduce`, and gradients after `send_back`.
     """
 
-    def __init__(self, plan: Plan, wires: Wires, *, centre: bool = True, norms: bool = True) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        wires: Wires,
+        *,
+        centre: bool = True,
+        norms: bool = True,
+        storage: Storage = Storage(),  # noqa: B008 - frozen
+    ) -> None:
         self._plan, self._wires = plan, wires
-        self._gather = GramStatistics(plan.pairs("gather"), wires, transpose=False, centre=centre)
-        self._transpose = GramStatistics(plan.pairs("transpose"), wires, transpose=True, centre=centre)
+        self._grams = [
+            GramStatistics(plan.pairs(layout), wires, transpose=transpose, centre=centre, storage=storage)
+            for layout, transpose in _GRAM_LAYOUTS
+        ]
         self._covariance = CovarianceStatistics(plan.pairs("covariance"), wires, centre=centre, norms=norms)
         self._in_covariance = {node for pair in plan.pairs("covariance") for node in pair.nodes}
         self._num_rows = self._num_valid = 0
         self._shapes = zlib.crc32(str([(part.layout, *map(str, part.pairs)) for part in plan.parts]).encode())
+        self._matrices: Matrices | None = None
+        self._reduced_guide = False
         self._dtype = torch.float32
         self._device = torch.device("cpu")
 
-    @torch.no_grad()
-    def add(self, target: Rows, guide: Rows, weights: Tensor | None = None) -> None:
+    def add(self, target: Rows, guide: Rows, weights: Tensor | None = None, *, padding: Padding | None = None) -> None:
         """Adds one micro-batch, without gradient.
 
         Args:
             target: Target layer -> rows [b, p].
             guide: Guide layer -> rows [b, q], in their own (fp16) dtype.
             weights: 1 or 0 for each row [b]; a row of weight 0 counts as never there. None: all count.
+            padding: Which positions of flattened sequences are real; None: all.
 
         Raises:
-            ValueError: target and guide layers with different numbers of rows.
+            ValueError: layers with different numbers of rows, or padding in a layer that `covariance` computes.
         """
-        rows = _by_node(target, guide)
-        first = next(iter(rows.values()))
-        _check_equal_rows(rows)
-        weights = first.new_ones(first.shape[0]) if weights is None else weights.to(first.device)
-        if any(r.dtype == torch.float64 for r in rows.values()):
-            self._dtype = torch.float64
-        shapes = ";".join(f"{node}:{value.shape[1]}:{value.dtype}" for node, value in sorted(rows.items()))
-        self._shapes = zlib.crc32(shapes.encode(), self._shapes)
-        self._num_rows += first.shape[0]
-        self._num_valid += int((weights > 0).sum())
-        self._device = first.device
+        self.add_guide(guide, weights, padding=padding)
+        self.add_target(target, guide, weights, padding=padding)
+
+    @torch.no_grad()
+    def add_guide(self, guide: Rows, weights: Tensor | None = None, *, padding: Padding | None = None) -> None:
+        """Adds the guide's half of one micro-batch; arguments and errors as of `add`."""
+        rows = _by_node("guide", guide)
+        self._see(rows, padding)
+        for gram in self._grams:
+            gram.add(rows, padding)
+            gram.add_weights(self._weights(rows, weights), padding)
+        self._num_rows += len(self._weights(rows, weights))
+        self._num_valid += int((self._weights(rows, weights) > 0).sum())
+
+    @torch.no_grad()
+    def add_target(
+        self, target: Rows, guide: Rows, weights: Tensor | None = None, *, padding: Padding | None = None
+    ) -> None:
+        """Adds the target's half of the micro-batch that `add_guide` began; arguments and errors as of `add`.
+
+        Of the guide's rows only those in `covariance` pairs are read.
+        """
+        rows = _by_node("target", target)
+        self._see(rows, padding)
+        both = rows | _by_node("guide", guide)
+        _check_equal_rows(both)
         with exact_products(self._device):
-            self._gather.add(rows, weights)
-            self._transpose.add(rows, weights)
-            self._covariance.add(rows, weights, self._dtype)
+            for gram in self._grams:
+                gram.add(rows, padding)
+            self._covariance.add(both, self._weights(rows, weights), self._dtype)
+
+    @torch.no_grad()
+    def reduce_guide(self) -> None:
+        """Brings the guide's Gram matrices to every rank and drops its rows. Collective: call on every rank.
+
+        Raises:
+            ValueError: as `reduce`.
+        """
+        matrices = self._agreed_matrices()
+        with exact_products(self._device):
+            for gram in self._grams:
+                gram.reduce("guide", matrices, self._dtype)
+        self._reduced_guide = True
 
     @torch.no_grad()
     def reduce(self) -> Matrices:
-        """Returns the matrices of the global batch: every forward collective of the step.
+        """Returns the matrices of the global batch: every forward collective of the step, but for `reduce_guide`'s.
 
         Collective: call on every rank.
 
@@ -80,11 +125,12 @@ class Statistics:
             ValueError: fewer than 4 valid rows in all, or ranks that collected different layers or widths (on every
                 rank alike).
         """
-        matrices = Matrices(num_rows=0)
-        most_rows, matrices.num_rows = self._agree()
+        if not self._reduced_guide:
+            self.reduce_guide()
+        matrices = self._agreed_matrices()
         with exact_products(self._device):
-            self._gather.reduce(matrices, most_rows, self._dtype)
-            self._transpose.reduce(matrices, most_rows, self._dtype)
+            for gram in self._grams:
+                gram.reduce("target", matrices, self._dtype)
             self._covariance.reduce(matrices)
         return matrices
 
@@ -93,8 +139,8 @@ class Statistics:
         """Takes d(loss) / d(matrices) and brings each rank what its own rows need. Collective: call on every rank."""
         self._gradients = gradients
         with exact_products(self._device):
-            self._gather.send_back(gradients)
-            self._transpose.send_back(gradients)
+            for gram in self._grams:
+                gram.send_back(gradients)
 
     @torch.no_grad()
     def rows_gradient(
@@ -114,12 +160,40 @@ class Statistics:
         """
         node: Node = ("target", layer)
         if node not in self._in_covariance:
-            gram = self._transpose if node in self._transpose.nodes else self._gather
-            return gram.rows_gradient(micro_batch, node)
-        weights = x.new_ones(x.shape[0]) if weights is None else weights.to(x.device)
-        rows = _by_node({}, guide)
+            gram = next(gram for gram in self._grams if node in gram.nodes)
+            return gram.rows_gradient(micro_batch, node).to(x.device)
+        rows = _by_node("guide", guide)
         with exact_products(self._device):
-            return self._covariance.rows_gradient(self._gradients, node, x, rows, weights)
+            return self._covariance.rows_gradient(self._gradients, node, x, rows, self._weights({node: x}, weights))
+
+    def _weights(self, rows: Mapping[Node, Tensor], weights: Tensor | None) -> Tensor:
+        first = next(iter(rows.values()))
+        return torch.ones(len(first), device=first.device) if weights is None else weights.to(first.device)
+
+    def _see(self, rows: Mapping[Node, Tensor], padding: Padding | None) -> None:
+        """Takes note of what every rank must have alike."""
+        _check_equal_rows(rows)
+        self._device = next(iter(rows.values())).device
+        if any(value.dtype == torch.float64 for value in rows.values()):
+            self._dtype = torch.float64
+        shapes = ";".join(f"{node}:{value.shape[1]}:{value.dtype}" for node, value in sorted(rows.items()))
+        length = 0 if padding is None else padding.mask.shape[1]
+        self._shapes = zlib.crc32(f"{shapes};{length}".encode(), self._shapes)
+        padded = self._in_covariance & (padding.layers if padding is not None else set())
+        if padded:
+            raise ValueError(
+                f"guidance.layout='covariance' cannot leave out the padding of flattened sequences, but the layer "
+                f"{min(padded)[1]!r} has some. Use layout auto, gather or transpose, or rows token, mean or last."
+            )
+
+    def _agreed_matrices(self) -> Matrices:
+        """Returns the step's matrices, once it is known which rows count. Collective on the first call."""
+        if self._matrices is None:
+            most_rows, num_valid = self._agree()
+            self._matrices = Matrices(num_valid)
+            for gram in self._grams:
+                gram.agree(num_valid, most_rows)
+        return self._matrices
 
     def _agree(self) -> tuple[int, int]:
         """Returns the most rows of any rank and the valid rows of all; ranks that disagree raise on all alike."""
@@ -139,10 +213,8 @@ class Statistics:
         return max(num_rows), sum(num_valid)
 
 
-def _by_node(target: Rows, guide: Rows) -> dict[Node, Tensor]:
-    rows: dict[Node, Tensor] = {("target", name): value.detach() for name, value in target.items()}
-    rows.update({("guide", name): value.detach() for name, value in guide.items()})
-    return rows
+def _by_node(side: Side, rows: Rows) -> dict[Node, Tensor]:
+    return {(side, name): value.detach() for name, value in rows.items()}
 
 
 def _check_equal_rows(rows: Mapping[Node, Tensor]) -> None:

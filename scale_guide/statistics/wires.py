@@ -131,38 +131,44 @@ class Wires:
         for vector, matrix in zip(packed, matrices, strict=True):
             unpack_symmetric(vector, matrix)
 
-    def all_rows(self, tensors: Sequence[Tensor], use: Callable[[int, Tensor], None]) -> None:
+    def all_rows(
+        self, tensors: list[Tensor], use: Callable[[int, Tensor], None], device: torch.device | None = None
+    ) -> None:
         """Hands `use(index, rows)` each tensor's rows of all ranks, [b, p] -> [W * b, p], rank by rank.
 
-        Collective: call on every rank. One bucket is on the wire at a time, so `use` may drop what it does not keep.
+        Collective: call on every rank. One bucket is on the wire at a time, so `use` may drop what it does not keep;
+        `tensors` is emptied on the way, and may lie on the host while `device` computes.
         """
         if self.size == 1:
-            for index, tensor in enumerate(tensors):
-                use(index, tensor)
+            for index in range(len(tensors)):
+                use(index, _take(tensors, index).to(device))
             return
-        for bucket in buckets(tensors):
-            flat = torch.cat([tensors[i].reshape(-1) for i in bucket])
+        widths = [tensor.shape[1] for tensor in tensors]
+        for bucket in list(buckets(tensors)):
+            numels = [tensors[i].numel() for i in bucket]
+            flat = torch.cat([_take(tensors, i).reshape(-1) for i in bucket]).to(device)
             everyone = flat.new_empty(self.size, flat.numel())
             _count(flat)
             dist.all_gather_into_tensor(everyone.view(-1), flat, group=self.group)
-            for i, part in zip(
-                bucket, torch.split(everyone, [tensors[i].numel() for i in bucket], dim=1), strict=True
-            ):
-                use(i, part.reshape(-1, tensors[i].shape[1]))
+            for i, part in zip(bucket, torch.split(everyone, numels, dim=1), strict=True):
+                use(i, part.reshape(-1, widths[i]))
 
-    def to_features(self, tensors: Sequence[Tensor], use: Callable[[int, Tensor], None]) -> None:
+    def to_features(
+        self, tensors: list[Tensor], use: Callable[[int, Tensor], None], device: torch.device | None = None
+    ) -> None:
         """Hands `use(index, shard)` this rank's columns of all rows: [b, p] -> [W * b, p / W].
 
-        Collective: call on every rank. One bucket is on the wire at a time.
+        Collective: call on every rank. One bucket is on the wire at a time; `tensors` is emptied on the way, and may
+        lie on the host while `device` computes.
         """
         if self.size == 1:
-            self.all_rows(tensors, use)
+            self.all_rows(tensors, use, device)
             return
-        for bucket in buckets(tensors):
+        for bucket in list(buckets(tensors)):
             sizes = [shard_sizes(tensors[i].shape[1], self.size) for i in bucket]
             rows = [tensors[i].shape[0] for i in bucket]
-            pieces = [torch.split(tensors[i], s, dim=1) for i, s in zip(bucket, sizes, strict=True)]
-            sent = torch.cat([p[to].reshape(-1) for to in range(self.size) for p in pieces])
+            pieces = [torch.split(_take(tensors, i), s, dim=1) for i, s in zip(bucket, sizes, strict=True)]
+            sent = torch.cat([p[to].reshape(-1) for to in range(self.size) for p in pieces]).to(device)
             own = [s[self.rank] * b for s, b in zip(sizes, rows, strict=True)]
             received = sent.new_empty(self.size, sum(own))
             self._all_to_all(received.view(-1), sent, [sum(own)] * self.size, _splits(sizes, rows))
@@ -170,29 +176,36 @@ class Wires:
             for i, s, part in zip(bucket, sizes, torch.split(received, own, dim=1), strict=True):
                 use(i, part.reshape(-1, s[self.rank]))
 
-    def to_rows(self, shards: Sequence[Tensor], widths: Sequence[int]) -> list[Tensor]:
+    def to_rows(self, shards: list[Tensor], widths: Sequence[int]) -> list[Tensor]:
         """Returns the way back of `to_features`: feature shards [W * b, p / W] -> this rank's own rows [b, p].
 
-        Collective: call on every rank.
+        Collective: call on every rank. `shards` is emptied on the way.
         """
         if self.size == 1:
             return list(shards)
-        home: list[Tensor] = list(shards)
-        for bucket in buckets(shards):
+        home: dict[int, Tensor] = {}
+        for bucket in list(buckets(shards)):
             sizes = [shard_sizes(widths[i], self.size) for i in bucket]
             rows = [shards[i].shape[0] // self.size for i in bucket]
             own = [s[self.rank] * b for s, b in zip(sizes, rows, strict=True)]
-            sent = torch.cat([shards[i].reshape(self.size, -1) for i in bucket], dim=1)
+            sent = torch.cat([_take(shards, i).reshape(self.size, -1) for i in bucket], dim=1)
             splits = _splits(sizes, rows)
             received = sent.new_empty(sum(splits))
             self._all_to_all(received, sent.view(-1), splits, [sum(own)] * self.size)
             for position, i in enumerate(bucket):
                 home[i] = _assemble(received, splits, sizes, rows, position)
-        return home
+        return [home[i] for i in range(len(shards))]
 
     def _all_to_all(self, received: Tensor, sent: Tensor, received_splits: list[int], sent_splits: list[int]) -> None:
         _count(sent)
         dist.all_to_all_single(received, sent, received_splits, sent_splits, group=self.group)
+
+
+def _take(tensors: list[Tensor], index: int) -> Tensor:
+    """Returns a tensor of the list and leaves an empty one there, so that nothing is kept that is used up."""
+    taken = tensors[index]
+    tensors[index] = taken.new_empty(0)
+    return taken
 
 
 def _splits(sizes: list[list[int]], rows: list[int]) -> list[int]:
