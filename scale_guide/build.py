@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from scale_guide.data_order import SeededDataset
 from scale_guide.guidance import Guidance
 from scale_guide.guide import Guide
 from scale_guide.layer_map import LayerMap, trace, trace_layers
+from scale_guide.objective import Similarity
+from scale_guide.statistics import Plan, Storage, check_memory, make_plan
 from scale_guide.tasks import Task
 
 CALIBRATION_ROWS = 256
@@ -85,10 +88,37 @@ def check_guide(guide: Guide, recipe: Recipe, task: Task, layers: LayerMap) -> N
         raise guide.overflow(bad)
 
 
+def plan_guidance(
+    recipe: Recipe, layers: LayerMap, task: Task, *, num_processes: int, num_micro_batches: int = 1
+) -> Plan:
+    """Returns the layouts that the guidance of a recipe uses, from shapes alone.
+
+    Raises:
+        ValueError: a layout that the similarity or padded rows do not allow, or Gram matrices that do not fit.
+    """
+    guidance, widths = recipe.guidance, layers.widths
+    num_rows = layers.rows_per_example * recipe.training.batch_size
+    if guidance.accumulation != "exact":
+        num_rows //= num_micro_batches
+    forms = Similarity(guidance.similarity).forms
+    if guidance.rows == "flatten" and guidance.layout != "covariance" and layers.has_sequences:
+        forms = forms - ({"feature"} if "mask" in task.collate([task.train[0]]) else set())
+    plan = make_plan(layers.pairs, widths, num_rows, num_processes, forms, guidance.layout)
+    check_memory(plan, _memory())
+    return plan
+
+
 def build_guidance(
-    recipe: Recipe, layers: LayerMap, target: nn.Module, guide: Guide, *, num_micro_batches: int = 1
+    recipe: Recipe,
+    layers: LayerMap,
+    target: nn.Module,
+    guide: Guide,
+    *,
+    plan: Plan | None = None,
+    num_micro_batches: int = 1,
 ) -> Guidance:
     """Returns the guidance of a recipe, hooked onto the bare target, which the engine has wrapped by now."""
+    config = recipe.guidance
     return Guidance(
         target,
         guide,
@@ -96,12 +126,22 @@ def build_guidance(
         target_layers=recipe.target.layers,
         guide_layers=recipe.guide.layers,
         overwritten=layers.overwritten,
-        similarity=recipe.guidance.similarity,
-        weight=recipe.guidance.weight,
-        rows=recipe.guidance.rows,
-        layout=recipe.guidance.layout,
-        num_micro_batches=num_micro_batches if recipe.guidance.accumulation == "exact" else 1,
+        similarity=config.similarity,
+        weight=config.weight,
+        rows=config.rows,
+        layout=config.layout,
+        plan=plan,
+        num_micro_batches=num_micro_batches if config.accumulation == "exact" else 1,
+        storage=Storage(torch.bfloat16 if config.kept_dtype == "bf16" else None, on_host=config.kept_on == "host"),
+        guide_rows=config.guide_rows,
     )
+
+
+def _memory() -> int:
+    """Returns the bytes of memory in which this process computes: its GPU's, or the machine's."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _first_inputs(recipe: Recipe, task: Task, num_rows: int) -> torch.Tensor:
@@ -147,5 +187,6 @@ def trace_recipe(recipe: Recipe, task: Task, *, num_examples: int = 2) -> LayerM
             guide_layers=recipe.guide.layers,
             pairs=recipe.guidance.pairs,
             collision=recipe.guidance.collision,
+            layer_weights=recipe.guidance.layer_weights,
             rows=recipe.guidance.rows,
         )

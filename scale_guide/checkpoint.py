@@ -35,7 +35,8 @@ def identity(recipe: Recipe, engine: Engine, guide_hash: str | None) -> dict[str
     whole = asdict(recipe)
     parts = {name: whole[name] for name in ("task", "target", "optimizer")}
     parts["training"] = {name: whole["training"][name] for name in ("batch_size", "seed")}
-    if recipe.optimizer.schedule == "cosine":
+    falls_to_the_end = recipe.guidance.schedule != "constant" and recipe.guidance.stop_after is None
+    if recipe.optimizer.schedule == "cosine" or (recipe.guidance.weight and falls_to_the_end):
         parts["training"] |= {name: whole["training"][name] for name in ("epochs", "steps")}
     if recipe.guidance.weight:
         parts["guide"] = {k: v for k, v in whole["guide"].items() if k != "placement"}

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+WarmupInput = Literal["data", "noise", "released_noise"]
+
 
 @dataclass(frozen=True)
 class TaskConfig:
@@ -61,8 +63,30 @@ class GuidanceConfig:
 
     weight: float = 1.0
     """Weight of the guidance loss beside the task loss; 0 trains the target alone and never builds the guide."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the weight changes from step to step: constant; or falling from `weight`, which it has up to the end of the
+    warm-up, to zero at the end of the run or at stop_after, along a line or half a cosine."""
+    stop_after: int | None = None
+    """Guide the first so many steps of the run (the warm-up counts) and then drop the guide: the target trains alone,
+    as fast as without guidance. Empty: guide every step."""
+    layer_weights: dict[str, float] = field(default_factory=dict)
+    """Factor on the weight of each pair by its target layer, a name or a glob: {"hidden.*": 0.5, hidden.0.linear: 2}.
+    A name goes before a glob, 1 is what no entry matches, and 0 leaves the layer's pairs out altogether."""
+    warmup_steps: int = 0
+    """The first so many steps of the run minimise the guidance loss alone: alignment before the task. Layers behind
+    the last guided one get a gradient of zero there (weight decay acts on them all the same), and the learning-rate
+    schedule counts these steps like any others. With stop_after equal to it the guide only makes the start."""
+    warmup_input: WarmupInput = "data"
+    """What both networks read in the warm-up: the data; noise: standard normal numbers, or for tokens uniform ones of
+    the vocabulary; released_noise: the authors' clamp(1.1 * normal, 0, 1), or the same tokens. Noise has the shape,
+    padding and weights of the batch that it stands for; BatchNorm's running statistics follow it until data comes."""
+    reset_optimizer: bool = False
+    """Forget the optimizer's moments and step count at the end of the warm-up and where guidance stops. Without it
+    Adam's averages of what the warm-up left out begin at zero, and its first updates there are several times too
+    large."""
     similarity: str = "cka"
-    """A file of scale_guide/similarity: cka | debiased_cka."""
+    """A file of scale_guide/similarity: cka | debiased_cka | rbf_cka | rsa_cosine | rsa_euclidean | ridge |
+    procrustes | mutual_knn; or the path of a file of your own, e.g. ./my_similarity.py."""
     pairs: Literal["even"] | list[list[str]] = "even"
     """even: the paper's even spread (Algorithm 1); or a list of [target layer, guide layer], names or globs."""
     collision: Literal["sum", "last", "mean"] = "sum"
@@ -76,6 +100,14 @@ class GuidanceConfig:
     accumulation: Literal["exact", "per_micro_batch"] = "exact"
     """With several micro-batches a step: similarity of the whole global batch (two passes), or of each micro-batch
     by itself (one pass; another, noisier loss)."""
+    kept_dtype: Literal["own", "bf16"] = "own"
+    """Exact accumulation by gather or transpose keeps the rows of all micro-batches from the first pass to its end: in
+    their own number format, which is exact, or in bf16, which halves fp32 rows and rounds them (relative 4e-3)."""
+    kept_on: Literal["host", "device"] = "host"
+    """Where these rows, and the gradients of the second pass, wait."""
+    guide_rows: Literal["auto", "keep", "recompute"] = "auto"
+    """Exact accumulation by covariance reads the guide's rows in both passes: keep them for the second, or run the
+    guide again (then memory does not grow with the number of micro-batches). auto keeps up to 256 MB."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +161,9 @@ class TrainingConfig:
     """Steps between two checkpoints; 0 saves only at the end and on SIGTERM."""
     keep_checkpoints: int = 2
     """How many checkpoints stay on disk."""
+    compile: bool = False
+    """Run the target through torch.compile: slow first steps, faster ones after, the same results but for rounding.
+    A launch choice; not under ZeRO-3, which would cut the compiled code at every layer."""
     timeout_s: int = 1800
     """Seconds after which a process gives up waiting for the others."""
 

@@ -146,14 +146,11 @@ class Engine:
         """Returns the bare module inside a prepared one: the one to register hooks on."""
         return self.accelerator.unwrap_model(model)  # type: ignore[no-any-return]
 
-    @contextlib.contextmanager
-    def building_whole(self) -> Iterator[None]:
+    def building_whole(self) -> contextlib.AbstractContextManager[Any]:
         """While inside, ZeRO-3 does not shard networks as they are built (the guide must stay whole)."""
         if not self.deepspeed:
-            yield
-            return
-        with self.accelerator.state.deepspeed_plugin.zero3_init_context_manager(enable=False):
-            yield
+            return contextlib.nullcontext()
+        return self.accelerator.state.deepspeed_plugin.zero3_init_context_manager(enable=False)  # type: ignore[no-any-return]
 
     # A step
 
@@ -200,6 +197,13 @@ class Engine:
         """Sets the learning rate of the next update (Accelerate's schedulers would step once per process)."""
         for group in self._optimizer.param_groups:
             group["lr"] = value
+
+    def reset_optimizer(self) -> None:
+        """Forgets the optimizer's moments and step counts: the next update is as a first one."""
+        for state in self._optimizer.state.values():
+            for name, value in state.items():
+                if value is not None:  # the momentum of plain SGD
+                    state[name] = value.zero_() if isinstance(value, Tensor) else 0
 
     # Between ranks
 

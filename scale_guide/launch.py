@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -105,3 +106,22 @@ def deepspeed_config(
     if config["zero_optimization"]["stage"] == 3:
         config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     return config
+
+
+def check_compile(engine: str, device: torch.device) -> None:
+    """Checks that torch.compile can do something for the target.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if engine == "ZeRO-3":
+        raise ValueError(
+            "training.compile=true does not go with ZeRO-3, whose hooks fetch the weights of each layer and so cut "
+            "the compiled code at every one. Set it to false, or launch with accelerate_configs/zero2.yaml."
+        )
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise ValueError(
+            f"training.compile=true needs a C++ compiler on the CPU, and there is no {compiler!r}. Install one, name "
+            "one in the environment variable CXX, or set training.compile to false."
+        )

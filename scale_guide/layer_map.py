@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from scale_guide.activations import Recorder
+from scale_guide.layer_weights import means, weigh
 from scale_guide.lookup import unknown
 from scale_guide.rows import How, select
-from scale_guide.statistics import Pair
+from scale_guide.statistics import Node, Pair, Side
 
 Collision = Literal["sum", "last", "mean"]
 PairSpec = str | Sequence[Sequence[str]]
@@ -27,7 +28,7 @@ LISTS = ("weights", "blocks", "released")
 
 @dataclass(frozen=True)
 class Layer:
-    """A traced layer: name (`name#2` for a second fire), shape of one example's output, and its rows for the batch."""
+    """A traced layer: name (`name#2` for a second fire), shape of one example's output, its rows and their width."""
 
     name: str
     shape: tuple[int, ...]
@@ -49,6 +50,24 @@ class LayerMap:
         """The target's and the guide's layers whose output a later in-place module overwrites."""
         ours, theirs = ([layer.name for layer in side if layer.overwritten] for side in (self.target, self.guide))
         return ours, theirs
+
+    @property
+    def widths(self) -> dict[Node, int]:
+        """The number of columns of every layer's rows."""
+        ours: dict[Node, int] = {("target", layer.name): layer.width for layer in self.target}
+        return ours | {("guide", layer.name): layer.width for layer in self.guide}
+
+    @property
+    def rows_per_example(self) -> int:
+        """The rows that one example gives, 1 unless tokens or positions are rows."""
+        return max(layer.num_rows for layer in self.target)
+
+    @property
+    def has_sequences(self) -> bool:
+        """Whether a paired layer gives sequences [T, d], whose padding a mask may mark."""
+        paired = {node for pair in self.pairs for node in pair.nodes}
+        sides: tuple[tuple[Side, tuple[Layer, ...]], ...] = (("target", self.target), ("guide", self.guide))
+        return any((side, la.name) in paired and len(la.shape) == 2 for side, layers in sides for la in layers)
 
 
 def layer_pairs(num_guide: int, num_target: int) -> list[tuple[int, int]]:
@@ -103,7 +122,8 @@ def candidates(model: nn.Module, layers: str | Sequence[str]) -> list[str]:
 
 def has_weights(module: nn.Module) -> bool:
     """Returns whether the module itself multiplies by a weight matrix (convolution, linear, recurrent)."""
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+    # The last is the out_proj of nn.MultiheadAttention, which reads its weight and never calls it.
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag, nn.modules.linear.NonDynamicallyQuantizableLinear)):
         return False
     own = module.named_parameters(recurse=False)
     # ZeRO-3 leaves an empty vector in place of a partitioned parameter and keeps its shape aside.
@@ -188,13 +208,8 @@ def _expand(item: Sequence[str], target: Sequence[str], guide: Sequence[str]) ->
 def guidable(fired: dict[str, Any], layers: str | Sequence[str]) -> list[str]:
     """Returns which fires of a forward pass may be paired: all that a user lists; of the standing lists, no logits."""
     if not isinstance(layers, str):
-        return [name for name in fired if any(_means(wanted, name) for wanted in layers)]
+        return [name for name in fired if any(means(wanted, name) for wanted in layers)]
     return [name for name, activation in fired.items() if not activation.is_model_output]
-
-
-def _means(wanted: str, fire: str) -> bool:
-    name = fire if "#" in wanted else fire.partition("#")[0]
-    return fnmatch.fnmatchcase(name, wanted) or name == wanted
 
 
 def trace_layers(model: nn.Module, inputs: Any, layers: str | Sequence[str], rows: How = "flatten") -> list[Layer]:
@@ -212,8 +227,9 @@ def trace_layers(model: nn.Module, inputs: Any, layers: str | Sequence[str], row
     traced = []
     for name in guidable(fired, layers):
         output = fired[name].output
-        chosen, _ = select(output, rows, channels_first=fired[name].channels_first)
-        traced.append(Layer(name, tuple(output.shape[1:]), chosen.shape[1], chosen.shape[0], fired[name].overwritten))
+        chosen = select(output, rows, channels_first=fired[name].channels_first).rows
+        shape, num_rows = tuple(output.shape[1:]), len(chosen) // len(output)
+        traced.append(Layer(name, shape, chosen.shape[1], num_rows, fired[name].overwritten))
     return traced
 
 
@@ -226,22 +242,24 @@ def trace(
     guide_layers: str | Sequence[str] = "weights",
     pairs: PairSpec = "even",
     collision: Collision = "sum",
+    layer_weights: Mapping[str, float] | None = None,
     rows: How = "flatten",
 ) -> LayerMap:
     """Returns both layer lists and the pairs, from one forward pass of each network; see `trace_layers`.
 
     Raises:
-        ValueError: an unknown layer, no pairs, or paired layers whose numbers of rows differ.
+        ValueError: an unknown layer, no pairs, factors that do not fit, or paired layers whose numbers of rows differ.
     """
     ours = trace_layers(target.train(), inputs, target_layers, rows)
     theirs = trace_layers(guide.eval(), inputs, guide_layers, rows)
     made = make_pairs(pairs, [layer.name for layer in ours], [layer.name for layer in theirs], collision)
+    made = weigh(made, layer_weights or {})
     num_rows = {("target", x.name): x.num_rows for x in ours} | {("guide", x.name): x.num_rows for x in theirs}
     for pair in made:
         x, y = (num_rows[node] for node in pair.nodes)
         if x != y:
             raise ValueError(
                 f"guidance.rows={rows!r} gives the target layer {pair.target!r} {x} rows but the guide layer "
-                f"{pair.guide!r} {y} for the same batch. Choose rows flatten, mean or last, or layers of equal length."
+                f"{pair.guide!r} {y} for each example. Choose rows flatten, mean or last, or layers of equal length."
             )
     return LayerMap(tuple(ours), tuple(theirs), tuple(made))

@@ -5,13 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from scale_guide import lookup
 from scale_guide.config import Recipe
+
+
+class Option(NamedTuple):
+    """An option of one command beside the recipe's: its default (of type bool: a flag) and its --help."""
+
+    default: int | bool
+    help: str
 
 
 def _names(kind: type, prefix: str = "") -> dict[str, bool]:
@@ -51,14 +58,14 @@ def make_parser(command: str) -> ArgumentParser:
 
 
 def read_recipe(
-    command: str, arguments: Sequence[str], extra: Mapping[str, int] | None = None
+    command: str, arguments: Sequence[str], extra: Mapping[str, Option] | None = None
 ) -> tuple[Recipe, dict[str, int]]:
-    """Returns the recipe of a command line, and the values of the command's own integer options.
+    """Returns the recipe of a command line, and the values of the command's own options.
 
     Args:
         command: Name of the command, for messages.
         arguments: What follows the command.
-        extra: The command's own options: name -> default.
+        extra: The command's own options by name.
 
     Raises:
         ValueError: an unknown recipe or option (the closest is named), or a value of the wrong type.
@@ -70,9 +77,9 @@ def read_recipe(
     for i, word in enumerate(given):
         if not word.startswith("--"):
             continue
-        option, _, value = word[2:].partition("=")
-        _check_name(option, known, "--")
-        if option == "config":
+        name, _, value = word[2:].partition("=")
+        _check_name(name, known, "--")
+        if name == "config":
             following = given[i + 1] if i + 1 < len(given) else ""
             path = lookup.recipe_path(value or following)
             taken |= {i} if value else {i, i + 1}
@@ -80,8 +87,9 @@ def read_recipe(
             default_dir = f"runs/{path.stem}"
             _check_tree(_read_yaml(path), known, f"{path}: ")
     parser = make_parser(command)
-    for name, default in extra.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+    for name, option in extra.items():
+        kind: dict[str, Any] = {"action": "store_true"} if option.default is False else {"type": int}
+        parser.add_argument(f"--{name}", default=option.default, help=option.help, **kind)
     # First, wherever it stood: otherwise it would silently win over the options before it.
     values = _parse(parser, configs + [word for i, word in enumerate(given) if i not in taken])
     chosen = {name: int(values.pop(name)) for name in extra}

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from scale_guide import tracking
-from scale_guide.build import build_guidance
+from scale_guide.build import build_guidance, plan_guidance
 from scale_guide.checkpoint import Checkpoints, SaveError, identity, step_of
 from scale_guide.config import Recipe
 from scale_guide.data_order import TrainOrder, batch_sizes, steps_per_epoch
@@ -21,10 +19,13 @@ from scale_guide.engine import Engine
 from scale_guide.evaluate import evaluate
 from scale_guide.guidance import Guidance
 from scale_guide.guide import Guide
+from scale_guide.launch import check_compile
 from scale_guide.layer_map import LayerMap
 from scale_guide.loading import training_steps
+from scale_guide.noise import check_noise
+from scale_guide.schedule import Schedule
 from scale_guide.tasks import Batch, Task
-from scale_guide.trainer import StepLog, count_steps, guided_step, learning_rate, make_optimizer
+from scale_guide.trainer import StepLog, count_steps, guided_step, make_optimizer, step_values
 
 
 class Run:
@@ -51,6 +52,11 @@ class Run:
         )
         self.per_epoch = steps_per_epoch(len(task.train), training.batch_size)
         self.num_steps = count_steps(recipe, self.per_epoch)
+        self.schedule = Schedule(recipe, self.num_steps, self.per_epoch)
+        if self.schedule.warmup(0) not in (None, "data"):
+            check_noise(task)
+        if training.compile:
+            check_compile(engine.name, engine.device)
         self.guide_hash = guide.fingerprint() if guide is not None else None
         self.checkpoints = Checkpoints(
             run_dir,
@@ -96,7 +102,10 @@ class Run:
         self.guidance: Guidance | None = None
         if self.guide is not None:
             bare, k = engine.unwrap(self.target), self.num_micro_batches
-            self.guidance = build_guidance(recipe, self.layers, bare, self.guide, num_micro_batches=k)
+            plan = plan_guidance(recipe, self.layers, self.task, num_processes=engine.world_size, num_micro_batches=k)
+            self.guidance = build_guidance(recipe, self.layers, bare, self.guide, plan=plan, num_micro_batches=k)
+        if recipe.training.compile:  # last of all: what hooks come later, compiled code does not run
+            engine.unwrap(self.target).compile(options={"fallback_random": True})
         earlier = [line for line in tracking.read_metrics(self.folder.path) if line["step"] <= self.first_step]
         self.seconds_before = float(earlier[-1].get("seconds", 0.0)) if earlier and resumed else 0.0
         facts = tracking.environment(
@@ -159,6 +168,7 @@ class Run:
             progress.say(f"resumed from step {self.first_step}")
         saved = self.first_step if self.first_step else -1
         for step, micro_batches in enumerate(self._steps(), start=self.first_step):
+            self._enter(step, progress)
             log = self._one_step(step, micro_batches, stop)
             done = step + 1
             progress.advance()
@@ -184,8 +194,23 @@ class Run:
             raise SaveError(f"the state after the last step could not be saved in {self.folder.path}: free disk space")
         return self._finish(progress)
 
+    def _enter(self, step: int, progress: tracking.Progress) -> None:
+        """Does what changes with this step: the rates, the end of the warm-up, the end of guidance."""
+        schedule = self.schedule
+        self.engine.set_learning_rate(schedule.learning_rate(step))
+        if schedule.starts_anew(step):
+            self.engine.reset_optimizer()
+        if self.guidance is None:
+            return
+        if step and step == self.recipe.guidance.warmup_steps:
+            progress.say(f"the warm-up ended with step {step}: the task loss joins in")
+        self.guidance.weight = schedule.guidance_weight(step)
+        if schedule.guidance_is_over(step):
+            progress.say(f"guidance ended with step {self.recipe.guidance.stop_after}: the target trains alone")
+            self.guidance.close()
+            self.guidance = self.guide = None
+
     def _one_step(self, step: int, micro_batches: list[Batch], stop: tracking.StopSignal) -> StepLog:
-        self.engine.set_learning_rate(self._learning_rate(step))
         for batch in micro_batches:
             rows = batch.pop("index")[batch["weight"] == 0]
             self.unreadable.update(rows.tolist())
@@ -196,50 +221,32 @@ class Run:
             engine=self.engine,
             guidance=self.guidance,
             accumulation=self.recipe.guidance.accumulation,
+            warmup=self.schedule.warmup(step),
             seed=self.recipe.training.seed,
             step=step,
             stop=stop.requested,
         )
-
-    def _learning_rate(self, step: int) -> float:
-        return learning_rate(self.recipe.optimizer, step, num_steps=self.num_steps, steps_per_epoch=self.per_epoch)
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.began
 
     def _log(self, log: StepLog, done: int, progress: tracking.Progress) -> None:
         """Writes and shows one logged step. Collective."""
-        task_loss = float(self.engine.sum(log.task_sum).item() / log.count.item())
         line: dict[str, Any] = {
             "step": done,
             "epoch": done / self.per_epoch,
-            "learning_rate": self._learning_rate(done - 1),
-            "task_loss": task_loss,
+            "learning_rate": self.schedule.learning_rate(done - 1),
+            **({"guidance_weight": self.schedule.guidance_weight(done - 1)} if self.recipe.guidance.weight else {}),
+            **step_values(log, self.engine, self.guidance),
             "rows_per_s": progress.rate(done),
             "seconds": self._seconds(),
         }
-        if self.guidance is not None and log.guidance_loss is not None:
-            line |= {"guidance_loss": log.guidance_loss.item(), **self._guidance_values(self.guidance)}
-        if self.engine.step_was_skipped:
-            line["skipped"] = "fp16 gradients overflowed"
         self.folder.log(line)
         names = ["task_loss", "guidance_loss", "similarity"]
-        shown = {name: float(line[name]) for name in names if name in line}
+        shown = {name: float(line[name]) for name in names if line.get(name) is not None}
         progress.show(done, line["rows_per_s"], shown)
         numbers = {name: float(value) for name, value in line.items() if isinstance(value, int | float)}
         self.engine.track(numbers, done)
-
-    def _guidance_values(self, guidance: Guidance) -> dict[str, Any]:
-        last = guidance.last
-        square = torch.tensor(float(last["gradient_square"]), dtype=torch.float64)
-        similarities = [pair["similarity"] for pair in last["pairs"].values()]
-        return {
-            "similarity": sum(similarities) / len(similarities),
-            "pairs": last["pairs"],
-            "gradient_norm_at_activations": math.sqrt(self.engine.sum(square).item()),
-            "guidance_seconds": last["seconds"],
-            "guidance_bytes": last["bytes"],
-        }
 
     def _validate(self, done: int, progress: tracking.Progress) -> dict[str, float]:
         """Returns the validation scores, logged and shown. Collective."""

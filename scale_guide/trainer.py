@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from scale_guide.config import OptimizerConfig, Recipe
+from scale_guide.config import OptimizerConfig, Recipe, WarmupInput
 from scale_guide.engine import Engine
 from scale_guide.guidance import Guidance
+from scale_guide.noise import with_noise
+from scale_guide.objective import inject
 from scale_guide.tasks import Batch, Task
 
 
@@ -23,8 +25,8 @@ from scale_guide.tasks import Batch, Task
 class StepLog:
     """What one optimizer step leaves: tensors on the device, read only when a line is logged."""
 
-    task_sum: Tensor
-    """Sum of the task loss over this rank's scored terms, scalar."""
+    task_sum: Tensor | None
+    """Sum of the task loss over this rank's scored terms, scalar; None where it was not computed."""
     count: Tensor
     """Scored terms of the global batch, scalar."""
     guidance_loss: Tensor | None
@@ -41,6 +43,7 @@ def guided_step(
     engine: Engine,
     guidance: Guidance | None = None,
     accumulation: str = "exact",
+    warmup: WarmupInput | None = None,
     seed: int = 0,
     step: int = 0,
     stop: bool = False,
@@ -58,39 +61,80 @@ def guided_step(
         engine: The target's engine.
         guidance: Registered on the unwrapped target; None trains the target alone.
         accumulation: exact, or per_micro_batch: the mean over micro-batches of each one's own guidance loss.
-        seed: Of dropout.
-        step: Index of this step, for dropout.
+        warmup: The step minimises the guidance loss alone, on data (the task's is only looked at) or on noise.
+        seed: Of dropout and noise.
+        step: Index of this step, for dropout and noise.
         stop: Whether this rank was asked to stop; all ranks learn of it through `agreed`.
     """
-    k = len(micro_batches)
+    assert guidance is not None or warmup is None, "a warm-up minimises the guidance loss"
+    k, on_noise = len(micro_batches), warmup in ("noise", "released_noise")
     totals = _agree(micro_batches, task, engine, stop)
     agreed = _later(totals)
     count = totals[0].clamp_min(1)
+    if warmup is not None and on_noise:
+        place = {"seed": seed, "step": step, "rank": engine.rank, "world_size": engine.world_size}
+        micro_batches = with_noise(micro_batches, warmup, task, **place)
     two_passes = guidance is not None and k > 1 and accumulation == "exact"
     if guidance is not None and two_passes:
-        with torch.no_grad(), batch_norm_paused(engine.unwrap(target)):
-            for j, host_batch in enumerate(micro_batches):
-                _forward(engine.to_device(host_batch), target, engine, guidance, (seed, step, j))
-                guidance.collect()
-        guidance.reduce()
+        _first_pass(micro_batches, target, engine, guidance, seed, step)
     # The Gram layouts have all they need of the guide after the first pass.
     guide_too = not two_passes or (guidance is not None and guidance.needs_guide_again)
     task_sum = torch.zeros((), device=engine.device, dtype=count.dtype)
-    guidance_sum = torch.zeros_like(task_sum) if guidance is not None else None
+    guidance_sum = torch.zeros_like(task_sum)
     for j, host_batch in enumerate(micro_batches):
         batch = engine.to_device(host_batch)
         with engine.micro_batch(last=j == k - 1):
             output = _forward(batch, target, engine, guidance, (seed, step, j), guide_too=guide_too)
-            task_part = task.loss(output, batch)
-            loss = task_part * (engine.world_size / count).to(task_part.dtype)
-            if guidance is not None and guidance_sum is not None:
-                part = guidance.loss() if two_passes or k == 1 else guidance.loss() / k
+            if not on_noise:
+                with torch.set_grad_enabled(warmup is None):
+                    loss = task.loss(output, batch)
+                task_sum = task_sum + loss.detach()
+                loss = loss * (engine.world_size / count).to(loss.dtype)
+            if guidance is not None:
+                part = guidance.loss() / (1 if two_passes else k)
                 guidance_sum = guidance_sum + part.detach()
-                loss = loss + part
+                loss = loss + part if warmup is None else _reaching(output, part)
             engine.backward(loss)
-        task_sum = task_sum + task_part.detach()
     engine.step()
-    return StepLog(task_sum, count, guidance_sum, agreed)
+    return StepLog(
+        task_sum=None if on_noise else task_sum,
+        count=count,
+        guidance_loss=guidance_sum if guidance is not None else None,
+        agreed=agreed,
+    )
+
+
+def _first_pass(
+    micro_batches: Sequence[Batch], target: nn.Module, engine: Engine, guidance: Guidance, seed: int, step: int
+) -> None:
+    """Gathers the statistics of all micro-batches, without gradients, and reduces them. Collective."""
+    with torch.no_grad(), batch_norm_paused(engine.unwrap(target)):
+        for j, host_batch in enumerate(micro_batches):
+            _forward(engine.to_device(host_batch), target, engine, guidance, (seed, step, j))
+            guidance.collect()
+    guidance.reduce()
+
+
+def _reaching(output: Any, loss: Tensor) -> Tensor:
+    """Returns `loss`, whose backward also hands zeros to the model's output.
+
+    DDP and ZeRO wait for the gradient of every parameter, those behind the last guided layer too. Adding
+    0 * output.sum() would do, but is NaN where a logit is infinite.
+    """
+    for tensor in _tensors(output):
+        zeros = torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand_as(tensor)
+        loss = inject(loss, {"": tensor}, {"": zeros})
+    return loss
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Yields the tensors of a model's output that carry a gradient."""
+    if isinstance(output, Tensor):
+        if output.requires_grad:
+            yield output
+    elif isinstance(output, (Mapping, tuple, list)):
+        for value in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(value)
 
 
 def _agree(micro_batches: Sequence[Batch], task: Task, engine: Engine, stop: bool) -> Tensor:
@@ -139,16 +183,29 @@ def _forward(
         return engine.forward(target, batch["input"])
 
 
-def learning_rate(config: OptimizerConfig, step: int, *, num_steps: int, steps_per_epoch: int) -> float:
-    """Returns the learning rate of step `step` (0 .. num_steps - 1): a function of the step alone."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    if config.schedule == "cosine":
-        done = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
-        return config.lr * 0.5 * (1 + math.cos(math.pi * done))
-    if config.schedule == "step":
-        return config.lr * float(config.gamma ** (step // (config.step_epochs * steps_per_epoch)))
-    return config.lr
+def step_values(log: StepLog, engine: Engine, guidance: Guidance | None) -> dict[str, Any]:
+    """Returns what a step says of itself, by its names in metrics.jsonl. Collective.
+
+    task_loss is the mean over scored terms, None where it was not computed (a warm-up on noise).
+    """
+    values: dict[str, Any] = {"task_loss": None}
+    if log.task_sum is not None:
+        values["task_loss"] = engine.sum(log.task_sum).item() / log.count.item()
+    if guidance is not None and log.guidance_loss is not None:
+        last = guidance.last
+        square = torch.tensor(float(last["gradient_square"]), dtype=torch.float64)
+        similarities = [pair["similarity"] for pair in last["pairs"].values()]
+        values |= {
+            "guidance_loss": log.guidance_loss.item(),
+            "similarity": sum(similarities) / len(similarities),
+            "pairs": last["pairs"],
+            "gradient_norm_at_activations": math.sqrt(engine.sum(square).item()),
+            "guidance_seconds": last["seconds"],
+            "guidance_bytes": last["bytes"],
+        }
+    if engine.step_was_skipped:
+        values["skipped"] = "fp16 gradients overflowed"
+    return values
 
 
 def make_optimizer(config: OptimizerConfig, target: nn.Module) -> torch.optim.Optimizer:

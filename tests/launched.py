@@ -1,6 +1,8 @@
 """Runs inside `accelerate launch` (see test_train.py): whole, interrupted and resumed runs under one engine.
 
-Usage: accelerate launch --config_file ... tests/launched.py OUT RECIPE
+Usage: accelerate launch --config_file ... tests/launched.py OUT RECIPE OPTION...
+
+The options are those of two further runs, whose steps are not all alike.
 """
 
 from __future__ import annotations
@@ -61,6 +63,9 @@ def full_disk_on_one_rank() -> dict[str, Any]:
     return {"left": left, "warnings": [str(w.message) for w in caught]}
 
 
+PHASES = sys.argv[3:]
+go("phases", *PHASES)
+phases = [go("phases_cut", *PHASES, term_at=step) for step in (0, 5, None)]
 go("whole")
 interrupted = go("cut", term_at=2)
 between = sorted(p.name for p in (OUT / "cut/checkpoints").iterdir())
@@ -71,6 +76,7 @@ facts = {
     "interrupted": interrupted,
     "between": between,
     "resumed": resumed,
+    "phases": [summary is not None for summary in phases],
 }
 if engine.name in ("DDP", "ZeRO-2"):
     facts["full_disk"] = full_disk_on_one_rank()

@@ -127,6 +127,11 @@ def test_layers(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "head" not in printed, "logits are excluded"
     assert main(["layers", "--config", str(tiny), "--target.layers", "[hidden.*.relu]"]) == 0
     assert "hidden.0.relu" in capsys.readouterr().out
+    factors = ["--guidance.layer_weights", "{'hidden.*': 0.5, hidden.0.linear: 0}"]
+    assert main(["layers", "--config", str(tiny), *factors]) == 0
+    printed = capsys.readouterr().out
+    assert "| hidden.2.linear | hidden.1.linear | 0.5    |" in printed
+    assert "| hidden.0.linear | hidden.0.linear |" not in printed
 
 
 def test_plan(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,6 +169,9 @@ def test_unreadable_rows_are_counted_and_listed(
         (["train", "--guide.layers=[hiden.0.linear]"], "hidden.0.linear"),
         (["train", "--guidance.similarity=ckaa"], "did you mean 'cka'?"),
         (["train", "--guidance.pairs=[]"], "guidance.pairs"),
+        (["train", "--guidance.layer_weights={hidden.0.liner: 2}"], "did you mean 'hidden.0.linear'?"),
+        (["train", "--guidance.warmup_steps=4"], "less than the 4 steps"),
+        (["train", "--guidance.warmup_steps=2", "--guidance.weight=0"], "nothing to minimise"),
         (["train", "--training.batch_size=3"], "at least 4 rows"),
         (["train", "--training.epochs=2"], "exactly one is needed"),
         (["train", "--trackers=[tensorbord]"], "'tensorbord' is not known (did you mean 'tensorboard'?)"),

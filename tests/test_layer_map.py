@@ -11,6 +11,7 @@ from torchvision.models import resnet18, resnet50
 
 from scale_guide import layer_pairs
 from scale_guide.layer_map import Layer, candidates, make_pairs, trace, trace_layers
+from scale_guide.layer_weights import weigh
 from scale_guide.models import deep_fcn, rnn, transformer
 from scale_guide.statistics import Pair
 
@@ -110,5 +111,35 @@ def test_trace_refuses_no_pairs_and_unequal_rows() -> None:
         pooled = nn.Sequential(nn.Embedding(11, 4), nn.Flatten(), nn.Linear(28, 3), nn.Linear(3, 2))
         inputs = torch.empty(2, 7, dtype=torch.long)
         assert trace(words, other, inputs, target_layers="blocks", guide_layers="blocks", rows="token").pairs
-        with pytest.raises(ValueError, match=r"14 rows but the guide layer '2' 2"):
+        with pytest.raises(ValueError, match=r"7 rows but the guide layer '2' 1 for each example"):
             trace(words, pooled, inputs, rows="token")
+
+
+def test_layer_weights() -> None:
+    """Names go before globs; a factor acts on every pair of its target layer; 0 drops them."""
+    pairs = [Pair("a.0", "x"), Pair("a.1", "x", 0.5), Pair("a.1#2", "x"), Pair("b", "x"), Pair("b", "y")]
+    assert weigh(pairs, {}) == pairs
+    assert [pair.weight for pair in weigh(pairs, {"a.*": 3, "a.0": 0.25, "b": 2})] == [0.25, 1.5, 3, 2, 2]
+    assert [pair.weight for pair in weigh(pairs, {"a.1": 4})] == [1, 2, 4, 1, 1], "a name means all its fires"
+    assert [pair.weight for pair in weigh(pairs, {"a.1": 4, "a.1#2": 5})] == [1, 2, 5, 1, 1]
+    assert weigh(pairs, {"*": 0, "a.0": 1}) == [Pair("a.0", "x")]
+    with pytest.raises(ValueError, match=r"did you mean 'a\.1'\?\)\. Known: a\.0, a\.1, a\.1#2, b\."):
+        weigh(pairs, {"a.11": 2})
+    with pytest.raises(ValueError, match=r"'a\.\*' and '\*' both match the target layer 'a\.0'"):
+        weigh(pairs, {"a.*": 2, "*": 1})
+    for factor in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=r"'b' has factor .* 0 or more"):
+            weigh(pairs, {"b": factor})
+    with pytest.raises(ValueError, match="leaves no pair"):
+        weigh(pairs, {"*": 0})
+
+
+def test_layer_weights_work_on_even_pairs_and_leave_dropped_ones_out_of_everything() -> None:
+    with torch.device("meta"):
+        words, inputs = rnn.build(vocab_size=11), torch.empty(2, 7, dtype=torch.long)
+        pooled = nn.Sequential(nn.Embedding(11, 4), nn.Linear(4, 3), nn.Flatten(), nn.Linear(21, 3), nn.Linear(3, 2))
+        lists = {"target_layers": "blocks", "guide_layers": ["1", "3"], "rows": "token"}
+        with pytest.raises(ValueError, match=r"7 rows but the guide layer '3' 1"):
+            trace(words, pooled, inputs, **lists)
+        layers = trace(words, pooled, inputs, layer_weights={"layers.0": 0.5, "layers.3": 0}, **lists)
+    assert layers.pairs == (Pair("layers.0", "1", 0.5),)

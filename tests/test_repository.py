@@ -22,7 +22,10 @@ MAX_LINES = 300
 LAYERS = [
     {"config", "disk", "lookup", "rows", "stopwatch"},
     {"statistics", "similarity", "models", "tasks", "activations", "guide"},
-    {"objective", "layer_map", "data_order"},
+    {"layer_weights"},
+    {"objective", "layer_map", "data_order", "schedule", "noise"},
+    {"layer_rows"},
+    {"step"},
     {"guidance"},
     {"recipe", "build"},
     {"tracking", "launch"},

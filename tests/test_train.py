@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from scale_guide.__main__ import main
 from scale_guide.config import OptimizerConfig, Recipe, TrainingConfig
 from scale_guide.launch import deepspeed_config
 from scale_guide.tracking import read_metrics
-from scale_guide.trainer import batch_norm_paused, count_steps, learning_rate, make_optimizer
+from scale_guide.trainer import batch_norm_paused, count_steps, make_optimizer
 
 TINY = """
 task: {name: "toy:build"}
@@ -35,24 +34,32 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+# Three steps of guidance alone, two with both losses, three of the target alone; interrupted after 2 and after 7.
+PHASES = [
+    *("--training.steps=8", "--optimizer.weight_decay=0.01", "--guidance.warmup_steps=3"),
+    *("--guidance.warmup_input=noise", "--guidance.schedule=linear", "--guidance.stop_after=5"),
+    "--guidance.reset_optimizer=true",
+]
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2")]
 
 
 @pytest.mark.parametrize("launch", ["cpu", *SLOW, "zero3"])
 def test_resumed_equals_uninterrupted(launch: str, tiny: Path, tmp_path: Path) -> None:
     """Two processes, two micro-batches each: SIGTERM on one rank stops both cleanly, and the same command goes on."""
-    finish(start(launch, "tests/launched.py", str(tmp_path), str(tiny)))
+    finish(start(launch, "tests/launched.py", str(tmp_path), str(tiny), *PHASES))
     facts = json.loads((tmp_path / "facts.json").read_text())
     assert facts["engine"] == {"cpu": "DDP"}.get(launch, launch.replace("zero", "ZeRO-")), "the launch file was obeyed"
     assert facts["world_size"] == 2
     assert facts["interrupted"] is None
     assert facts["between"] == ["step_00000004"], "the ranks agree in the next step, finish it, and save"
-    whole, cut = (load_file(tmp_path / name / "target/model.safetensors") for name in ("whole", "cut"))
-    assert whole.keys() == cut.keys()
-    for name in whole:
-        # The mean of BatchNorm's statistics over ranks is taken once more often in the interrupted run.
-        equal = torch.equal if "running" not in name else torch.allclose
-        assert equal(whole[name], cut[name]), name
+    assert facts["phases"] == [False, False, True]
+    for first, second in (("whole", "cut"), ("phases", "phases_cut")):
+        whole, cut = (load_file(tmp_path / name / "target/model.safetensors") for name in (first, second))
+        assert whole.keys() == cut.keys()
+        for name in whole:
+            # The mean of BatchNorm's statistics over ranks is taken once more often in the interrupted run.
+            equal = torch.equal if "running" not in name else torch.allclose
+            assert equal(whole[name], cut[name]), name
     lines = {name: read_metrics(tmp_path / name) for name in ("whole", "cut")}
     assert [line["step"] for line in lines["cut"]] == [1, 2, 3, 4, 5, 6, 6]
     for a, b in zip(lines["whole"][:6], lines["cut"][:6], strict=True):
@@ -60,16 +67,22 @@ def test_resumed_equals_uninterrupted(launch: str, tiny: Path, tmp_path: Path) -
     if "full_disk" in facts:
         assert facts["full_disk"]["left"] == ["step_00000002", "step_00000006"], "the failed one left nothing"
         assert any("step_00000004 could not be written" in text for text in facts["full_disk"]["warnings"])
-    _check_against_one_process(tiny, tmp_path, lines["whole"])
+    _check_against_one_process(tiny, tmp_path, "whole")
+    _check_against_one_process(tiny, tmp_path, "phases", *PHASES)
 
 
-def _check_against_one_process(tiny: Path, tmp_path: Path, lines: list[dict[str, float]]) -> None:
+def _check_against_one_process(tiny: Path, tmp_path: Path, name: str, *options: str) -> None:
     """W x k = 2 x 2 equals 1 x 4, dropout and BatchNorm included: the same micro-batches draw the same masks."""
-    options = ["--run_dir", str(tmp_path / "one"), "--training.num_workers=0"]
-    assert main(["train", "--config", str(tiny), *options]) == 0
-    for a, b in zip(read_metrics(tmp_path / "one")[:6], lines[:6], strict=True):
-        assert a["task_loss"] == pytest.approx(b["task_loss"], rel=1e-4)
-        assert a["guidance_loss"] == pytest.approx(b["guidance_loss"], rel=1e-4)
+    one, many = tmp_path / f"{name}_one", tmp_path / name
+    assert main(["train", "--config", str(tiny), "--run_dir", str(one), "--training.num_workers=0", *options]) == 0
+    lines = [[line for line in read_metrics(run) if "task_loss" in line] for run in (one, many)]
+    for a, b in zip(*lines, strict=True):
+        for loss in ("task_loss", "guidance_loss"):
+            assert (a.get(loss) is None) == (b.get(loss) is None)
+            assert (a.get(loss) or 0) == pytest.approx(b.get(loss) or 0, rel=1e-4)
+    ours, theirs = (load_file(run / "target/model.safetensors") for run in (one, many))
+    for weight in (weight for weight in ours if "running" not in weight and "num_batches" not in weight):
+        torch.testing.assert_close(ours[weight], theirs[weight], rtol=1e-4, atol=1e-5)
 
 
 def test_unguided_never_builds_a_guide(tiny: Path, tmp_path: Path) -> None:
@@ -98,17 +111,6 @@ def test_accumulation_is_exact_unless_asked(tiny: Path, tmp_path: Path, capsys: 
     weights = {name: load_file(tmp_path / name / "target/model.safetensors") for name in first}
     for name, value in weights["graph"].items():
         torch.testing.assert_close(weights["exact"][name], value, rtol=1e-4, atol=1e-6)
-
-
-def test_learning_rate() -> None:
-    config = OptimizerConfig(lr=1.0, schedule="cosine", warmup_steps=4)
-    rates = [learning_rate(config, step, num_steps=12, steps_per_epoch=3) for step in range(12)]
-    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert rates[8] == pytest.approx(0.5)
-    assert rates[11] == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
-    config = OptimizerConfig(lr=1.0, schedule="step", gamma=0.1, step_epochs=2)
-    rates = [learning_rate(config, step, num_steps=13, steps_per_epoch=3) for step in range(13)]
-    assert rates == pytest.approx([1.0] * 6 + [0.1] * 6 + [0.01])
 
 
 def test_frozen_parameters_stay_out_of_the_optimizer() -> None:

@@ -1,27 +1,46 @@
-"""scale-guide layers: the layers of both networks in execution order, their shapes, and the pairs."""
+"""scale-guide layers: the layers of both networks in execution order, their shapes, and the pairs.
+
+With --measure also what one batch says of each pair: its CKA, and how many rows it takes to trust it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from scale_guide.analysis.measure import measure, summary
 from scale_guide.analysis.report import markdown
 from scale_guide.build import build_task, trace_recipe
 from scale_guide.commands import user_errors
 from scale_guide.layer_map import Layer
-from scale_guide.recipe import read_recipe, variants
+from scale_guide.recipe import Option, read_recipe, variants
+
+MEASURE = Option(
+    False,
+    "Also run the first batch of training (training.batch_size examples, training.micro_batch_size or 64 at a time) "
+    "through both networks, as a run starts with them, in this one process. Prints for each pair its CKA, biased and "
+    "debiased, what unrelated rows would give (the floor), the effective dimensions of both layers, and the rows it "
+    "needs for a floor below 0.1.",
+)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints the tables; returns 0."""
+    """Prints the tables, and with --measure a sentence per pair; returns 0."""
     with user_errors():
-        recipe, _ = read_recipe("layers", arguments)
-        guided = [r for r in variants(recipe).values() if r.guidance.weight] or [recipe]
-        layers = trace_recipe(guided[0], build_task(guided[0]))
-    print(f"target {guided[0].target.name}\n\n{_table(layers.target)}\n")
+        recipe, chosen = read_recipe("layers", arguments, {"measure": MEASURE})
+        guided = next((r for r in variants(recipe).values() if r.guidance.weight), recipe)
+        task = build_task(guided)
+        layers = trace_recipe(guided, task)
+        if chosen["measure"] and not layers.pairs:
+            raise ValueError("guidance.weight=0: --measure has no pairs to measure. Set guidance.weight above 0.")
+    print(f"target {guided.target.name}\n\n{_table(layers.target)}\n")
     if layers.guide:
-        print(f"guide {guided[0].guide.name}\n\n{_table(layers.guide)}\n")
+        print(f"guide {guided.guide.name}\n\n{_table(layers.guide)}\n")
         rows = [[pair.target, pair.guide, f"{pair.weight:g}"] for pair in layers.pairs]
-        print(f"pairs ({guided[0].guidance.pairs})\n\n{markdown(['target', 'guide', 'weight'], rows)}")
+        print(f"pairs ({guided.guidance.pairs})\n\n{markdown(['target', 'guide', 'weight'], rows)}", flush=True)
+    if chosen["measure"]:
+        with user_errors():
+            figures = measure(guided, task, layers)
+        print("\n" + "\n".join(map(str, figures)) + f"\n\n{summary(figures)}")
     return 0
 
 

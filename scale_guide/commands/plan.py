@@ -6,23 +6,21 @@ import math
 from collections.abc import Sequence
 
 from scale_guide.analysis.report import markdown
-from scale_guide.build import build_task, trace_recipe
+from scale_guide.build import build_task, plan_guidance, trace_recipe
 from scale_guide.commands import user_errors
 from scale_guide.config import Recipe
 from scale_guide.data_order import batch_sizes
-from scale_guide.layer_map import LayerMap
-from scale_guide.objective import Similarity
-from scale_guide.recipe import read_recipe, variants
-from scale_guide.statistics import Pair, Plan, make_plan
+from scale_guide.recipe import Option, read_recipe, variants
+from scale_guide.statistics import Pair, Plan
 
-EXAMPLES = 2
 BYTES = 4
+NUM_PROCESSES = Option(1, "Number of processes to plan for.")
 
 
 def main(arguments: Sequence[str]) -> int:
     """Prints the plan; returns 0."""
     with user_errors():
-        recipe, chosen = read_recipe("plan", arguments, {"num_processes": 1})
+        recipe, chosen = read_recipe("plan", arguments, {"num_processes": NUM_PROCESSES})
         guided = [r for r in variants(recipe).values() if r.guidance.weight]
         if not guided:
             raise ValueError("guidance.weight=0: nothing to plan without a guide. Set guidance.weight above 0.")
@@ -39,8 +37,9 @@ def describe(recipe: Recipe, num_processes: int) -> str:
     if num_processes < 1:
         raise ValueError(f"--num_processes={num_processes} must be at least 1.")
     micro_batch_size, k = batch_sizes(recipe.training.batch_size, recipe.training.micro_batch_size, num_processes)
-    layers = trace_recipe(recipe, build_task(recipe), num_examples=EXAMPLES)
-    plan = plan_of(recipe, layers, num_processes)
+    task = build_task(recipe)
+    layers = trace_recipe(recipe, task)
+    plan = plan_guidance(recipe, layers, task, num_processes=num_processes, num_micro_batches=k)
     costs = [(part, part.costs[part.layout]) for part in plan.parts]
     rows = [
         [
@@ -66,16 +65,6 @@ def describe(recipe: Recipe, num_processes: int) -> str:
             "logs the value of every pair.",
         ]
     )
-
-
-def plan_of(recipe: Recipe, layers: LayerMap, num_processes: int) -> Plan:
-    """Returns the statistics plan of a traced recipe."""
-    widths = {("target", la.name): la.width for la in layers.target} | {
-        ("guide", la.name): la.width for la in layers.guide
-    }
-    num_rows = max(la.num_rows for la in layers.target) // EXAMPLES * recipe.training.batch_size
-    forms = Similarity(recipe.guidance.similarity).forms
-    return make_plan(layers.pairs, widths, num_rows, num_processes, forms, recipe.guidance.layout)  # type: ignore[arg-type]
 
 
 def _widths(plan: Plan, pair: Pair) -> list[str]:

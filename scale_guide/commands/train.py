@@ -12,6 +12,7 @@ from scale_guide.config import Recipe
 from scale_guide.engine import Engine
 from scale_guide.recipe import read_recipe, variants
 from scale_guide.run import Run
+from scale_guide.schedule import describe
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -68,7 +69,9 @@ def set_up(recipe: Recipe, engine: Engine) -> Run:
 
 def _describe(run: Run) -> str:
     recipe, engine = run.recipe, run.engine
-    guided = f"guided by {recipe.guide.name} in {len(run.layers.pairs)} pairs" if run.guide is not None else "unguided"
+    guided = "unguided"
+    if run.guide is not None:
+        guided = f"guided by {recipe.guide.name} in {len(run.layers.pairs)} pairs{describe(recipe.guidance)}"
     processes = "1 process" if engine.world_size == 1 else f"{engine.world_size} processes"
     passes = "" if run.num_micro_batches == 1 else f" x {run.num_micro_batches} micro-batches"
     return (
