@@ -13,7 +13,7 @@ from scale_guide.lookup import closest
 
 COMMANDS = {
     "train": "train the target of a recipe (under `accelerate launch`, or as a single process)",
-    "layers": "list the layers of both networks, their shapes, and the pairs",
+    "layers": "list the layers of both networks, their shapes, and the pairs; --measure: the rows each pair needs",
     "plan": "say what the guidance of a recipe costs on N processes, without allocating weights",
     "evaluate": "score the target of a finished or running run",
     "report": "compare runs: a table and curves",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,9 +33,31 @@ class Activation:
 
 @dataclass
 class _Fire:
+    """What a layer gave: its own tensor, that tensor's version then (-1: compiled code knows none), and ours."""
+
     original: Tensor
     version: int
     activation: Activation
+
+
+class _Hook:
+    """A forward hook that stays with its module: what is copied or unpickled in its place does nothing.
+
+    An averaged copy (EMA) of the target would otherwise be recorded together with the target, or in its stead.
+    """
+
+    def __init__(self, action: Callable[[nn.Module, Any], None]) -> None:
+        self._action = action
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._action(module, output)
+
+    def __reduce__(self) -> Any:
+        return _Hook, (_nothing,)
+
+
+def _nothing(module: nn.Module, output: Any) -> None:
+    pass
 
 
 class Recorder:
@@ -59,18 +83,26 @@ class Recorder:
         overwritten: Sequence[str] | None = None,
     ) -> None:
         self.keep = None if keep is None else set(keep)
-        self._layers = tuple(layers)
+        self._layers = tuple(dict.fromkeys(layers))
         self._copied = None if overwritten is None else set(overwritten)
-        self._fires: dict[str, _Fire] = {}
+        self._usual: dict[str, int] = {}
         self._recording = self._expects_graph = False
+        self._forget()
         modules = dict(model.named_modules())
-        self._handles = [modules[name].register_forward_hook(self._hook(name)) for name in dict.fromkeys(layers)]
-        self._handles.append(model.register_forward_hook(self._mark_logits))
+        hooks = {modules[name]: _Hook(partial(self._see, name)) for name in self._layers}
+        self._handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
+        self._handles.append(model.register_forward_hook(_Hook(self._see_output)))
 
     @contextmanager
     def record(self) -> Iterator[None]:
-        """Arms the hooks inside the `with` block; what was recorded before is dropped."""
-        self._fires = {}
+        """Arms the hooks inside the `with` block; what was recorded before is dropped.
+
+        Raises:
+            ValueError: it is open already.
+        """
+        if self._recording:
+            raise ValueError("guidance.record() was entered inside itself: leave the first block before the next.")
+        self._forget()
         self._recording, self._expects_graph = True, torch.is_grad_enabled()
         try:
             yield
@@ -84,23 +116,19 @@ class Recorder:
             needs_graph: Whether gradient must flow through the outputs (the target's).
 
         Raises:
-            ValueError: a layer that did not run, was overwritten after capture, or was captured without a graph.
+            ValueError: a layer that did not run, or not as often as before, that returned no tensor, was overwritten
+                after capture, or was captured without a graph.
         """
-        fires, self._fires = self._fires, {}
-        fired = {name.partition("#")[0] for name in fires}
-        if self.keep is None:
-            missing = [name for name in self._layers if name not in fired]
-        else:
-            missing = sorted(self.keep - fires.keys())
-        if missing:
-            raise ValueError(
-                f"The layer {missing[0]!r} was chosen but did not run in this forward pass. Choose a layer that "
-                "always runs (`scale-guide layers` lists them), and call the model inside `guidance.record()`."
-            )
+        fires, counts, outputs = self._fires, self._counts, self._outputs
+        self._check_counts(counts, set(fires))
+        self._forget()
         for name, fire in fires.items():
             self._check(name, fire, needs_graph and self._expects_graph)
-        if self._copied is None:
+            fire.activation.is_model_output = any(_is_same(fire.original, x) for out in outputs for x in _logits(out))
+        # Compiled code does not say what it overwrites: there every layer goes on being copied.
+        if self._copied is None and all(fire.version >= 0 for fire in fires.values()):
             self._copied = {name for name, fire in fires.items() if fire.activation.overwritten}
+        self._usual = self._usual or counts
         return {name: fire.activation for name, fire in fires.items()}
 
     def close(self) -> None:
@@ -108,34 +136,58 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
 
-    def _hook(self, name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if not self._recording or not _in_forward():
-                return
-            fire_name, count = name, 1
-            while fire_name in self._fires:
-                count += 1
-                fire_name = f"{name}#{count}"
-            if self.keep is not None and fire_name not in self.keep:
-                return
-            original = first_tensor(output)
-            if original is None:
-                return
-            kept = original.clone() if self._copied is None or fire_name in self._copied else original
-            version = 0 if torch.compiler.is_compiling() else original._version
-            activation = Activation(_batch_first(module, output, kept), _channels_first(module, kept))
-            self._fires[fire_name] = _Fire(original, version, activation)
+    def _forget(self) -> None:
+        self._fires: dict[str, _Fire] = {}
+        self._counts: dict[str, int] = {}
+        self._outputs: list[Any] = []
+        self._without_tensor: dict[str, str] = {}
 
-        return hook
+    def _see(self, name: str, module: nn.Module, output: Any) -> None:
+        if not self._recording or not _in_forward():
+            return
+        count = self._counts.get(name, 0) + 1
+        self._counts[name] = count
+        fire_name = name if count == 1 else f"{name}#{count}"
+        if self.keep is not None and fire_name not in self.keep:
+            return
+        found = _find(output)
+        if found is None:
+            self._without_tensor[fire_name] = type(output).__name__
+            return
+        original = found.data if isinstance(found, PackedSequence) else found
+        compiled = torch.compiler.is_compiling()
+        kept = original.clone() if self._copied is None or fire_name in self._copied else original
+        activation = Activation(_batch_first(module, found, kept), _channels_first(module, kept))
+        self._fires[fire_name] = _Fire(original, -1 if compiled else original._version, activation)
 
-    def _mark_logits(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._recording and self._fires and _in_forward():
-            values = [output] if isinstance(output, Tensor) else list(getattr(output, "values", lambda: ())())
-            for fire in self._fires.values():
-                fire.activation.is_model_output = any(value is fire.original for value in values)
+    def _see_output(self, module: nn.Module, output: Any) -> None:
+        if self._recording and _in_forward():
+            self._outputs.append(output)
+
+    def _check_counts(self, counts: dict[str, int], fired: set[str]) -> None:
+        for name, kind in self._without_tensor.items():
+            raise ValueError(
+                f"The layer {name!r} returned a {kind}, in which there is no tensor. Choose a layer that returns a "
+                "tensor, or a tuple, dict or dataclass that holds one."
+            )
+        wanted = set(self._layers) if self.keep is None else {name.partition("#")[0] for name in self.keep}
+        for name in sorted(wanted & counts.keys() & self._usual.keys()):
+            now, before = counts[name], self._usual[name]
+            if now != before:
+                raise ValueError(
+                    f"The layer {name!r} ran {_times(now)} in this forward pass, but {_times(before)} before, so that "
+                    "its outputs cannot be told apart. Choose a layer that always runs equally often."
+                )
+        missing = sorted((wanted if self.keep is None else self.keep) - fired)
+        if missing:
+            raise ValueError(
+                f"The layer {missing[0]!r} was chosen but did not run in this forward pass. Choose layers that always "
+                "run, by names or globs, and call the model inside `guidance.record()`; if it is compiled, keep to "
+                "the order prepare, Guidance, compile, for hooks that come later never fire."
+            )
 
     def _check(self, name: str, fire: _Fire, needs_graph: bool) -> None:
-        changed = not torch.compiler.is_compiling() and fire.original._version != fire.version
+        changed = fire.version >= 0 and fire.original._version != fire.version
         if changed and self._copied is not None and name not in self._copied:
             raise ValueError(
                 f"The output of layer {name!r} was overwritten in place after it was recorded, which it was not at "
@@ -155,25 +207,49 @@ def _in_forward() -> bool:
     return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
 
 
+def _times(count: int) -> str:
+    return f"{count} time" if count == 1 else f"{count} times"
+
+
 def first_tensor(output: Any) -> Tensor | None:
-    """Returns the tensor of a module's output: itself, or the first of a tuple, ModelOutput or PackedSequence."""
-    if isinstance(output, Tensor):
+    """Returns the tensor of a module's output: itself, or the first in a tuple, dict, ModelOutput, PackedSequence."""
+    found = _find(output)
+    return found.data if isinstance(found, PackedSequence) else found
+
+
+def _find(output: Any) -> Tensor | PackedSequence | None:
+    """Returns the first tensor or PackedSequence in an output, however deep it lies."""
+    if output is None or isinstance(output, (Tensor, PackedSequence)):
         return output
-    if isinstance(output, PackedSequence):
-        return output.data
     if hasattr(output, "values"):
         output = tuple(output.values())
+    elif dataclasses.is_dataclass(output):
+        output = tuple(getattr(output, field.name) for field in dataclasses.fields(output))
     if isinstance(output, (tuple, list)):
-        return next((found for item in output if (found := first_tensor(item)) is not None), None)
+        return next((found for item in output if (found := _find(item)) is not None), None)
     return None
 
 
-def _batch_first(module: nn.Module, output: Any, tensor: Tensor) -> Tensor:
+def _logits(output: Any) -> list[Tensor]:
+    """Returns what a model's output holds of logits: `logits`, else every tensor of a dict, else the first tensor."""
+    if not isinstance(output, Tensor) and hasattr(output, "values"):
+        values = [output["logits"]] if "logits" in output else list(output.values())
+        return [value for value in values if isinstance(value, Tensor)]
+    first = first_tensor(output)
+    return [] if first is None else [first]
+
+
+def _is_same(original: Tensor, value: Tensor) -> bool:
+    """Returns whether a model returned this output, perhaps as a new tensor of the same memory (ZeRO's hooks)."""
+    if value is original or value.device.type == "meta":
+        return value is original
+    return value.shape == original.shape and value.data_ptr() == original.data_ptr()
+
+
+def _batch_first(module: nn.Module, found: Tensor | PackedSequence, tensor: Tensor) -> Tensor:
     """Returns the output with the batch as axis 0: known from the module's type, never guessed from sizes."""
-    if isinstance(output, tuple) and isinstance(output[0], PackedSequence):
-        output = output[0]
-    if isinstance(output, PackedSequence):
-        return pad_packed_sequence(output, batch_first=True)[0]
+    if isinstance(found, PackedSequence):
+        return pad_packed_sequence(found, batch_first=True)[0]
     attention = getattr(module, "self_attn", module)
     batch_first = getattr(attention, "batch_first", True)
     return tensor if batch_first or tensor.dim() < 3 else tensor.transpose(0, 1)

@@ -129,15 +129,15 @@ def test_rows() -> None:
     sequence = torch.arange(24.0).view(2, 3, 4)
     mask = torch.tensor([[True, True, False], [True, True, True]])
     assert select(sequence, "flatten")[0].shape == (2, 12)
-    rows, weights = select(sequence, "token", mask=mask, weights=torch.tensor([1.0, 0.0]))
+    rows, weights, _ = select(sequence, "token", mask=mask, weights=torch.tensor([1.0, 0.0]))
     assert rows.shape == (6, 4)
     assert weights is not None
     assert weights.tolist() == [1, 1, 0, 0, 0, 0]
-    assert torch.equal(select(sequence, "last", mask=mask)[0], sequence[[0, 1], [1, 2]])
+    assert torch.equal(select(sequence, "last", mask=mask).rows, sequence[[0, 1], [1, 2]])
     assert torch.equal(select(sequence, "last")[0], sequence[:, -1])
     assert torch.equal(select(sequence, "mean", mask=mask)[0][0], sequence[0, :2].mean(0))
     maps = torch.randn(2, 5, 3, 3)
     assert select(maps, "token", channels_first=True)[0].shape == (18, 5)
     torch.testing.assert_close(select(maps, "mean", channels_first=True)[0], maps.mean((2, 3)))
-    with pytest.raises(ValueError, match="rows: flatten"):
+    with pytest.raises(ValueError, match="keep the sequence as it is"):
         select(sequence, "token", mask=mask[:, :2])
