@@ -4,12 +4,16 @@
     python scripts/check_parity.py --accumulation 1,3,8     # more micro-batches
     python scripts/check_parity.py --break world            # plants a bug; exits with 1, as it must
 
-Two recipes (parity_cases.py), SGD, no dropout, no BatchNorm, a global batch of 96 rows, 5 steps. For each it compares
-the loss of each step, |loss - reference| / |reference|, and the *update* of each parameter tensor,
-|update - reference| / |reference| with update = weights after 5 steps - weights before: a parameter itself would hide
-an error behind a small learning rate. The reference is plain PyTorch in one process and float64, the whole batch in
-one graph. The measured side is the product: its engine, guided_step, guidance and tasks, under `accelerate launch`.
-Under ZeRO-2 and -3 no gradient may stay in full size between two micro-batches of a step.
+Three recipes (parity_cases.py), SGD, a global batch of 96 rows, 5 steps. For each it compares the loss of each step,
+|loss - reference| / |reference|, and the *update* of each tensor, |update - reference| / |reference| with update =
+values after 5 steps - values before: a parameter itself would hide an error behind a small learning rate. The
+reference is plain PyTorch in one process and float64, the whole batch in one graph. The measured side is the product:
+its engine, guided_step, guidance and tasks, under `accelerate launch`. Under ZeRO-2 and -3 no gradient may stay in
+full size between two micro-batches of a step.
+
+The recipe `coupled` has dropout and BatchNorm, so that its result depends on how the batch is cut. Its reference holds
+the same W x k micro-batches, each with its own batch statistics and the same masks, in one graph; and the running
+statistics of rank 0 are compared as well: each micro-batch counts once, though it runs twice. It runs in two layouts.
 
 Exit code: 0 equal; 1 not equal: a difference above the tolerance (fp32: 1e-4, fp64: 1e-9), a gradient that stayed, or
 weights that move by less than 1 %, which would prove nothing; 2 it could not run.
@@ -18,10 +22,10 @@ weights that move by less than 1 %, which would prove nothing; 2 it could not ru
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
-import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,39 +34,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-from parity_cases import BATCH_SIZE, RECIPES, Reference, train_literally
-from parity_worker import BUGS
+from parity_cases import BATCH_SIZE, COUPLED, RECIPES, Reference, train_literally
+from parity_launch import Case, Launch, run
+from parity_worker import BUGS, BUGS_OF_PROCESSES, DTYPES
 
-ROOT = Path(__file__).resolve().parent.parent
 ENGINES = ("ddp", "zero0", "zero1", "zero2", "zero3")
 LAYOUTS = ("auto", "gather", "transpose", "covariance")
+# One that keeps rows and one that runs the guide again: neither dropout nor BatchNorm knows of more.
+COUPLED_LAYOUTS = ("transpose", "covariance")
 TOLERANCES = {"fp32": 1e-4, "fp64": 1e-9}
 MIN_MOVEMENT = 0.01
 SHARDED_GRADIENTS = ("zero2", "zero3")
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One `accelerate launch`, in which all cases (task, layout, k) run one after another."""
-
-    dtype: str
-    engine: str
-    processes: int
-
-    @property
-    def name(self) -> str:
-        """What `Engine.name` says under this launch."""
-        return "DDP" if self.engine == "ddp" else f"ZeRO-{self.engine[-1]}"
-
-    @property
-    def device(self) -> str:
-        """cuda where there is a GPU for each process, else cpu."""
-        return "cuda" if torch.cuda.device_count() >= self.processes else "cpu"
-
-    def __str__(self) -> str:
-        return f"{self.dtype} {self.engine} x {self.processes} on {self.device}"
 
 
 @dataclass(frozen=True)
@@ -92,19 +74,18 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that no launch is left behind
     options = _read_options()
     launches = _launches(options)
-    cases = [(task, layout, k) for task in options.tasks for layout in options.layouts for k in options.accumulation]
+    cases = _cases(options)
     start = time.perf_counter()
     print(
         f"{len(launches)} launches of {len(cases)} cases; the reference trains in one process and float64", flush=True
     )
-    references = {task: train_literally(RECIPES[task]) for task in options.tasks}
-    moves = _print_movement(references)
+    moves = _print_movement(launches, cases)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="check_parity_") as folder:
         for number, launch in enumerate(launches, 1):
             label, began = f"[{number}/{len(launches)}] {launch}", time.perf_counter()
-            results = _run(launch, cases, options.bug, Path(folder), label)
-            found = [_compare(launch, result, references[result["task"]]) for result in results]
+            results = run(launch, cases, options.bug, Path(folder), label)
+            found = [_compare(launch, result, _reference(result["task"], launch, result["k"])) for result in results]
             update = max((row.update for row in found), key=_nan_last)
             print(f"{label}: updates within {update:.1e}, {time.perf_counter() - began:.0f} s", flush=True)
             rows += found
@@ -131,7 +112,8 @@ def _read_options() -> argparse.Namespace:
     parser.add_argument("--layouts", type=_names(LAYOUTS), default=LAYOUTS, help=f"default {','.join(LAYOUTS)}")
     parser.add_argument("--tasks", type=_names(RECIPES), default=list(RECIPES), help=f"default {','.join(RECIPES)}")
     bugs = (
-        "plant this bug: W missing in the gradient that goes home, rows centred per rank, or task loss / local count"
+        "plant this bug: W missing in the gradient that goes home, rows centred per rank, task loss / local count, "
+        "other dropout masks in the first pass than in the second, or BatchNorm counting in both"
     )
     parser.add_argument("--break", choices=BUGS, dest="bug", help=bugs)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
@@ -139,8 +121,11 @@ def _read_options() -> argparse.Namespace:
     options.processes = options.processes or ([2] if options.bug else [1, 2, 4])
     options.engines = options.engines or (["ddp"] if options.bug else ENGINES)
     options.dtype = options.dtype or (["fp32"] if options.bug else list(TOLERANCES))
-    if options.bug and min(options.processes) < 2:
-        parser.error("--break needs --processes of 2 or more: one process has no other to disagree with.")
+    if options.bug in BUGS_OF_PROCESSES and min(options.processes) < 2:
+        parser.error(f"--break {options.bug} needs --processes of 2 or more: one has no other to disagree with.")
+    two_passes = max(options.accumulation) > 1 and not set(COUPLED).isdisjoint(options.tasks)
+    if options.bug and options.bug not in BUGS_OF_PROCESSES and not two_passes:
+        parser.error(f"--break {options.bug} needs two passes, dropout and BatchNorm: --accumulation 3, task coupled.")
     if options.dtype == ["fp64"] and "ddp" not in options.engines:
         parser.error("--dtype fp64 runs under ddp alone: DeepSpeed has no float64. Add ddp to --engines.")
     for parts in (w * k for w in options.processes for k in options.accumulation):
@@ -173,65 +158,26 @@ def _launches(options: argparse.Namespace) -> list[Launch]:
     return [launch for launch in found if launch.dtype == "fp32" or launch.engine == "ddp"]
 
 
-# Launching
-
-
-def _run(
-    launch: Launch, cases: Sequence[tuple[str, str, int]], bug: str | None, folder: Path, label: str
-) -> list[dict[str, Any]]:
-    """Returns what the worker found; exits with 2 if it failed. On a terminal it shows which case is running."""
-    path = folder / f"{launch.dtype}_{launch.engine}_{launch.processes}.json"
-    job = {"engine": launch.name, "processes": launch.processes, "device": launch.device, "dtype": launch.dtype}
-    path.write_text(json.dumps({**job, "bug": bug, "cases": cases}))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(_launch_file(launch, folder))]
-    command += [str(ROOT / "scripts" / "parity_worker.py"), str(path)]
-    # One thread each: the networks are tiny, and the processes share the cores.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    if launch.device == "cpu":
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    tail: list[str] = []
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                tail = [*tail[-60:], line]
-                if line.startswith("parity: ") and sys.stdout.isatty():
-                    print(f"\r{label}: {line[len('parity: ') :].strip():<30}\r", end="", flush=True)
-        except BaseException:
-            process.terminate()
-            raise
-    if process.returncode or not path.with_suffix(".pt").exists():
-        print("".join(tail), file=sys.stderr)
-        print(f"check_parity: the launch {launch} failed with exit code {process.returncode}.", file=sys.stderr)
-        raise SystemExit(2)
-    results: list[dict[str, Any]] = torch.load(path.with_suffix(".pt"), weights_only=True)
-    return results
-
-
-def _launch_file(launch: Launch, folder: Path) -> Path:
-    """Returns a launch file like the repository's, for this number of processes."""
-    if launch.engine == "ddp":
-        shipped = "cpu" if launch.device == "cpu" else "ddp"
-    else:
-        shipped = launch.engine.replace("zero0", "zero1")  # no launch file is shipped for stage 0, only its JSON
-    config = yaml.safe_load((ROOT / "accelerate_configs" / f"{shipped}.yaml").read_text())
-    config["num_processes"] = launch.processes
-    if launch.engine != "ddp":
-        deepspeed = json.loads((ROOT / "ds_configs" / f"{launch.engine}.json").read_text())
-        if launch.engine == "zero3":
-            # As shipped, tensors as small as these would stay whole on every rank.
-            deepspeed["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        path = folder / f"{launch.engine}.json"
-        path.write_text(json.dumps(deepspeed))
-        config["deepspeed_config"]["deepspeed_config_file"] = str(path)
-    path = folder / f"{launch.engine}_{launch.processes}.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path
+def _cases(options: argparse.Namespace) -> list[Case]:
+    """Returns every training of one launch."""
+    found = [(task, layout, k) for task in options.tasks for layout in options.layouts for k in options.accumulation]
+    some = [layout for layout in options.layouts if layout in COUPLED_LAYOUTS] or options.layouts
+    return [case for case in found if case[0] not in COUPLED or case[1] in some]
 
 
 # Comparing
+
+
+def _reference(task: str, launch: Launch, k: int) -> Reference:
+    """Returns the literal training that a case is compared with."""
+    if task not in COUPLED:
+        return _train_once(task, 1, 1, "fp32", "cpu")
+    return _train_once(task, launch.processes, k, launch.dtype, launch.device)
+
+
+@functools.cache
+def _train_once(task: str, processes: int, k: int, dtype: str, device: str) -> Reference:
+    return train_literally(RECIPES[task], processes=processes, k=k, dtype=DTYPES[dtype], device=device)
 
 
 def _compare(launch: Launch, result: dict[str, Any], reference: Reference) -> Row:
@@ -239,7 +185,7 @@ def _compare(launch: Launch, result: dict[str, Any], reference: Reference) -> Ro
     pairs = zip(result["losses"], reference.losses, strict=True)
     loss = max((abs(ours - theirs) / abs(theirs) for ours, theirs in pairs), key=_nan_last)
     if result["final"].keys() != reference.updates.keys():
-        raise RuntimeError(f"the engine's parameters {sorted(result['final'])} are not {sorted(reference.updates)}")
+        raise RuntimeError(f"the engine's tensors {sorted(result['final'])} are not {sorted(reference.updates)}")
     differences = {}
     for name, wanted in reference.updates.items():
         update = result["final"][name] - reference.initial[name]
@@ -253,9 +199,13 @@ def _nan_last(value: float) -> tuple[bool, float]:
     return value != value, value
 
 
-def _print_movement(references: dict[str, Reference]) -> dict[str, dict[str, float]]:
-    """Prints and returns how far each parameter moves, relative to itself."""
-    moves = {task: reference.moved() for task, reference in references.items()}
+def _print_movement(launches: Sequence[Launch], cases: Sequence[Case]) -> dict[str, dict[str, float]]:
+    """Prints and returns how far each tensor moves, relative to itself, in the reference where it moves least."""
+    moves: dict[str, dict[str, float]] = {}
+    for launch, (task, _, k) in itertools.product(launches, cases):
+        moved = moves.setdefault(task, {})
+        for name, value in _reference(task, launch, k).moved().items():
+            moved[name] = min(value, moved.get(name, value))
     for task, moved in moves.items():
         least, most = min(moved, key=moved.__getitem__), max(moved, key=moved.__getitem__)
         spread = f"{moved[least]:.1%} ({least}) to {moved[most]:.1%} ({most})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Mapping
@@ -21,7 +22,8 @@ from scale_guide.guide import Guide
 from scale_guide.statistics import Statistics
 from scale_guide.tasks import Task
 
-BUGS = ("world", "centre", "count")
+BUGS_OF_PROCESSES = ("world", "centre", "count")
+BUGS = (*BUGS_OF_PROCESSES, "masks", "running")
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -46,6 +48,10 @@ def plant(bug: str) -> None:
         _centre_on_each_rank()
     elif bug == "count":
         _divide_by_local_count()
+    elif bug == "masks":
+        _draw_other_masks_first()
+    elif bug == "running":
+        trainer.batch_norm_paused = lambda _: contextlib.nullcontext()
 
 
 def _scale_home_gradients() -> None:
@@ -58,19 +64,24 @@ def _scale_home_gradients() -> None:
 
 
 def _centre_on_each_rank() -> None:
-    right_add, right_gradient = Statistics.add, Statistics.rows_gradient
+    right_guide, right_target = Statistics.add_guide, Statistics.add_target
+    right_gradient = Statistics.rows_gradient
 
     def centred(rows: Mapping[str, Tensor], weights: Tensor | None) -> dict[str, Tensor]:
         keep = slice(None) if weights is None else weights > 0
         return {name: value - value[keep].mean(0) for name, value in rows.items()}
 
-    def add(self: Statistics, target: Any, guide: Any, weights: Tensor | None = None) -> None:
-        right_add(self, centred(target, weights), centred(guide, weights), weights)
+    def add_guide(self: Statistics, guide: Any, weights: Tensor | None = None, **kwargs: Any) -> None:
+        right_guide(self, centred(guide, weights), weights, **kwargs)
+
+    def add_target(self: Statistics, target: Any, guide: Any, weights: Tensor | None = None, **kwargs: Any) -> None:
+        right_target(self, centred(target, weights), centred(guide, weights), weights, **kwargs)
 
     def rows_gradient(self: Statistics, j: int, layer: str, x: Tensor, guide: Any, weights: Any) -> Tensor:
         return right_gradient(self, j, layer, centred({"": x}, weights)[""], centred(guide, weights), weights)
 
-    Statistics.add, Statistics.rows_gradient = add, rows_gradient  # type: ignore
+    Statistics.add_guide, Statistics.add_target = add_guide, add_target  # type: ignore[method-assign]
+    Statistics.rows_gradient = rows_gradient  # type: ignore[method-assign]
 
 
 def _divide_by_local_count() -> None:
@@ -84,10 +95,21 @@ def _divide_by_local_count() -> None:
     trainer._agree = agree
 
 
+def _draw_other_masks_first() -> None:
+    right = trainer._forward
+
+    def forward(batch: Any, target: Any, engine: Any, guidance: Any, key: Any, **kwargs: Any) -> Any:
+        seed, step, j = key
+        first_pass = not torch.is_grad_enabled()
+        return right(batch, target, engine, guidance, (seed + first_pass, step, j), **kwargs)
+
+    trainer._forward = forward
+
+
 def measure(
     recipe: Recipe, task: Task, engine: WatchedEngine, *, layout: Any, k: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Returns the losses and final parameters of one training, and what was seen on the way. Collective."""
+    """Returns the losses and final tensors of one training, and what was seen on the way. Collective."""
     target = build_network("target", recipe, task).to(dtype)
     with engine.building_whole():
         guide = build_network("guide", recipe, task).to(dtype)
@@ -104,12 +126,14 @@ def measure(
         guide_layers=recipe.guide.layers,
         rows=recipe.guidance.rows,
         layout=layout,
+        num_micro_batches=k,
     )
     engine.kept_elements = 0
     losses = []
     for step, batches in enumerate(step_batches(recipe, task, rank=engine.rank, world_size=engine.world_size, k=k)):
         log = trainer.guided_step(batches, target=prepared, task=task, engine=engine, guidance=guidance, step=step)
         assert log.guidance_loss is not None
+        assert log.task_sum is not None
         losses.append(float(engine.sum(log.task_sum) / log.count + log.guidance_loss))
     final = {name: value.double() for name, value in engine.state_dict().items()}
     kept = max(engine.gather_list([engine.kept_elements]))

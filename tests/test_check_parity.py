@@ -25,10 +25,10 @@ def check_parity(*options: str, timeout_s: int = 240) -> subprocess.CompletedPro
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     options = ["--processes=2", "--engines=ddp,zero3", "--dtype=fp32", "--accumulation=1,3", f"--json={figures}"]
-    done = check_parity(*options, "--layouts=gather,transpose,covariance")
+    done = check_parity(*options, "--layouts=gather,transpose,covariance", "--tasks=copy_paste,coupled")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(figures.read_text())
-    assert len(found["rows"]) == 2 * 2 * 3 * 2, "engines x tasks x layouts x k"
+    assert len(found["rows"]) == 2 * (3 + 2) * 2, "engines x (three layouts of copy_paste, two of coupled) x k"
     assert max(row["update"] for row in found["rows"]) < 1e-4
     assert min(moved for task in found["moved"].values() for moved in task.values()) >= 0.01
     # Under ZeRO-3 no gradient outlives its micro-batch in full size.
@@ -45,6 +45,28 @@ def test_planted_bug_is_seen(bug: str, tmp_path: Path) -> None:
     rows = json.loads(figures.read_text())["rows"]
     assert len(rows) == 4 * 2
     assert min(row["update"] for row in rows) > 1e-3
+
+
+@pytest.mark.parametrize("bug", ["masks", "running"])
+def test_planted_bug_of_the_two_passes_is_seen(bug: str, tmp_path: Path) -> None:
+    """Already on one process: other dropout masks in the first pass, and BatchNorm counting in both."""
+    figures = tmp_path / "figures.json"
+    options = ["--processes=1", "--tasks=coupled", "--accumulation=1,3", f"--json={figures}"]
+    done = check_parity(f"--break={bug}", *options)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert f"planted bug '{bug}': SEEN" in done.stdout
+    rows = json.loads(figures.read_text())["rows"]
+    assert [row["k"] for row in rows if row["update"] > 1e-3] == [3, 3], (
+        "in both layouts, and where there are two passes"
+    )
+    if bug == "running":
+        assert all("norm" in row["tensor"] for row in rows if row["k"] == 3)
+
+
+def test_a_bug_that_could_not_show_is_refused() -> None:
+    done = check_parity("--break=masks", "--accumulation=1")
+    assert done.returncode == 2
+    assert "needs two passes" in done.stderr
 
 
 def test_a_launch_that_cannot_run_is_not_a_difference() -> None:
