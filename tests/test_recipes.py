@@ -44,6 +44,7 @@ def images(folder: Path) -> str:
 SMALL = ["--training.num_workers=0", "--training.epochs=null", "--training.steps=2", "--training.log_every=1"]
 NARROW = ["--training.batch_size=8", "--target.options.first_width=32", "--target.options.width=16"]
 OPTIONS = {
+    "effective_batch": [*NARROW[1:], "--target.options.depth=2", "--guide.name=deep_fcn", "--guide.options.depth=2"],
     "quickstart": [],
     "copy_paste_small": ["--task.options.num_train=300", "--task.options.num_validation=20"],
     "rnn_lm_small": ["--task.options.data={words}"],
