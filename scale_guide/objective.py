@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -221,6 +222,9 @@ def inject(value: Tensor, rows: Mapping[str, Tensor], gradients: Mapping[str, Te
     return value
 
 
+_similarity = functools.cache(Similarity)
+
+
 def linear_cka(
     x: Tensor,
     y: Tensor,
@@ -250,7 +254,7 @@ def linear_cka(
         raise lookup.unknown("estimator", estimator, names)
     if x.dim() != 2 or y.dim() != 2:
         raise ValueError(f"linear_cka compares rows x [b, p] and y [b, q], got {tuple(x.shape)} and {tuple(y.shape)}.")
-    wires, pair, similarity = Wires(group), Pair("x", "y"), Similarity(names[estimator])
+    wires, pair, similarity = Wires(group), Pair("x", "y"), _similarity(names[estimator])
     widths = {pair.nodes[0]: x.shape[1], pair.nodes[1]: y.shape[1]}
     differentiable = torch.is_grad_enabled() and x.requires_grad
     plan = make_plan([pair], widths, x.shape[0] * wires.size, wires.size, similarity.forms, layout)

@@ -7,7 +7,7 @@ all-to-all back. The wide activations cross the wire once, whatever the number o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,26 +82,26 @@ class GramStatistics:
         self._valid = everyone[0][:, 0]
         self._real = everyone[0][self._valid, 1:] if self._masks else None
 
-    def reduce(self, side: Side, matrices: Matrices, dtype: torch.dtype) -> None:
-        """Puts K (side target) or L (side guide) into `matrices.grams`. Collective: call on every rank.
+    def reduce(self, sides: Collection[Side], matrices: Matrices, dtype: torch.dtype) -> None:
+        """Puts K (side target) or L (side guide), or both, into `matrices.grams`. Collective: call on every rank.
 
         The guide's rows are dropped as they are used, the target's are kept as `send_back` needs them.
         """
-        nodes = [node for node in self.nodes if node[0] == side]
-        energies: list[Tensor] = []
+        nodes = [node for node in self.nodes if node[0] in sides]
+        energies: dict[Node, Tensor] = {}
 
         def use(i: int, rows: Tensor) -> None:
-            make = self._target_gram if side == "target" else self._guide_gram
-            matrices.grams[nodes[i]], energy = make(nodes[i], rows, dtype)
-            energies.append(energy)
+            make = self._target_gram if nodes[i][0] == "target" else self._guide_gram
+            matrices.grams[nodes[i]], energies[nodes[i]] = make(nodes[i], rows, dtype)
 
         bring = self._wires.to_features if self._transpose else self._wires.all_rows
         bring([self._local_rows(node) for node in nodes], use, self._weights[0].device)
         if self._transpose:
-            self._wires.all_reduce_symmetric([matrices.grams[node] for node in nodes], energies)
-        for node, energy in zip(nodes, energies, strict=True):
+            grams, others = [matrices.grams[node] for node in nodes], [energies[node] for node in nodes]
+            self._wires.all_reduce_symmetric(grams, others)
+        for node in nodes:
             gram = matrices.grams[node]
-            gram.mul_(~without_spread(gram.diagonal().sum(), energy))
+            gram.mul_(~without_spread(gram.diagonal().sum(), energies[node]))
 
     def send_back(self, gradients: Matrices) -> None:
         """Turns dK into the gradient of this rank's own rows, dX = H (dK + dK') H X. Collective: call on every rank.

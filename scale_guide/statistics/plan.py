@@ -2,12 +2,12 @@
 
 With b = N / W rows per rank, widths p (target layer) and q (guide layer), per rank (DESIGN 3):
 
-    layout       elements on the wire        flops                        state (elements)
-    gather       N(p + q)                    2N^2(p + q) + 2bNp           N(p + q) + 2N^2
-    transpose    b(2p + q) + 2N^2            2bN(2p + q)                  b(p + q) + 2N^2
-    covariance   2pq + p^2 + q^2             2b(2pq + 2p^2 + q^2)         pq + p^2 + q^2, free of N
+    layout       elements on the wire        flops                        state (elements)                 messages
+    gather       N(p + q)                    2N^2(p + q) + 2bNp           N(p + q) + 2N^2                  1
+    transpose    b(2p + q) + 2N^2            2bN(2p + q)                  b(p + q) + 2N^2                  3
+    covariance   2pq + p^2 + q^2             2b(2pq + 2p^2 + q^2)         pq + p^2 + q^2, free of N        1
 
-A layer's share is paid once, however many pairs it is in.
+A layer's share is paid once, however many pairs it is in; so is a message, which carries all layers.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ Node = tuple[Side, str]
 Layout = Literal["gather", "transpose", "covariance"]
 LAYOUTS: tuple[Layout, ...] = ("gather", "transpose", "covariance")
 
+_MESSAGES: dict[Layout, int] = {"gather": 1, "transpose": 3, "covariance": 1}
 FLOPS_PER_ELEMENT = 1000
 """Multiply-adds worth one fp32 element on the wire: about 400 over gloo on two cores, 1,000 to 8,000 on GPUs."""
+FLOPS_PER_MESSAGE = 10**8
+"""Multiply-adds worth the latency of one collective: milliseconds over gloo on busy cores, tens of us on GPUs."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +48,17 @@ class Pair:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one layout costs a rank per step: elements on the wire, floating-point operations, elements kept."""
+    """What one layout costs a rank per step: elements on the wire, collectives, flops, elements kept."""
 
     wire: float
+    messages: int
     flops: float
     state: float
 
     @property
     def score(self) -> float:
         """One number to compare layouts by, in flops."""
-        return self.flops + FLOPS_PER_ELEMENT * self.wire
+        return self.flops + FLOPS_PER_ELEMENT * self.wire + FLOPS_PER_MESSAGE * self.messages
 
 
 @dataclass(frozen=True)
@@ -180,4 +184,6 @@ def _cost(
     else:
         grams = len(nodes) * n**2
         wire, flops, state = n * (p + q), 2 * n**2 * (p + q) + 2 * b * n * p, n * (p + q) + grams
-    return Cost(wire=wire if num_processes > 1 else 0, flops=flops, state=state)
+    if num_processes == 1:
+        return Cost(wire=0, messages=0, flops=flops, state=state)
+    return Cost(wire=wire, messages=_MESSAGES[layout], flops=flops, state=state)

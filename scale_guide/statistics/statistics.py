@@ -17,6 +17,8 @@ from scale_guide.statistics.wires import Wires
 
 Rows = Mapping[str, Tensor]
 _GRAM_LAYOUTS: tuple[tuple[Layout, bool], ...] = (("gather", False), ("transpose", True))
+_GUIDE: tuple[Side, ...] = ("guide",)
+_TARGET: tuple[Side, ...] = ("target",)
 MIN_ROWS = 4
 """Fewest rows of a global batch: the unbiased estimate of HSIC divides by n - 3."""
 
@@ -112,7 +114,7 @@ class Statistics:
         matrices = self._agreed_matrices()
         with exact_products(self._device):
             for gram in self._grams:
-                gram.reduce("guide", matrices, self._dtype)
+                gram.reduce(_GUIDE, matrices, self._dtype)
         self._reduced_guide = True
 
     @torch.no_grad()
@@ -125,12 +127,11 @@ class Statistics:
             ValueError: fewer than 4 valid rows in all, or ranks that collected different layers or widths (on every
                 rank alike).
         """
-        if not self._reduced_guide:
-            self.reduce_guide()
         matrices = self._agreed_matrices()
+        sides = _TARGET if self._reduced_guide else _GUIDE + _TARGET
         with exact_products(self._device):
             for gram in self._grams:
-                gram.reduce("target", matrices, self._dtype)
+                gram.reduce(sides, matrices, self._dtype)
             self._covariance.reduce(matrices)
         return matrices
 
