@@ -36,14 +36,18 @@ def test_auto_never_takes_a_form_the_similarity_lacks() -> None:
 
 def test_costs_are_those_of_the_table() -> None:
     pair, n, p, q, w = Pair("x", "y"), 64, 10, 6, 4
-    b = n // w
+    b, share = n // w, 9 / 16
     costs = make_plan([pair], {pair.nodes[0]: p, pair.nodes[1]: q}, n, w, BOTH).parts[0].costs
     assert costs["gather"].wire == n * (p + q)
-    assert costs["gather"].flops == 2 * n**2 * (p + q) + 2 * b * n * p
+    assert costs["gather"].flops == 2 * n**2 * share * (p + q) + 2 * b * n * p
     assert costs["transpose"].wire == b * (2 * p + q) + 2 * n**2
-    assert costs["transpose"].flops == 2 * b * n * (2 * p + q)
+    assert costs["transpose"].flops == 2 * b * n * (share * (p + q) + p)
     assert costs["covariance"].wire == 2 * p * q + p**2 + q**2
-    assert costs["covariance"].flops == 2 * b * (2 * p * q + 2 * p**2 + q**2)
+    assert costs["covariance"].flops == 2 * b * (2 * p * q + (1 + share) * p**2 + share * q**2)
+    assert [costs[layout].messages for layout in ("gather", "transpose", "covariance")] == [1, 3, 1]
+    assert costs["transpose"].state == 2 * n**2 + b * (p + q)
+    alone = make_plan([pair], {pair.nodes[0]: p, pair.nodes[1]: q}, n, 1, BOTH).parts[0].costs
+    assert all(cost.wire == cost.messages == 0 for cost in alone.values())
     assert costs["covariance"].state == p * q + p**2 + q**2
 
 

@@ -144,6 +144,11 @@ class CovarianceStatistics:
         if self._norms:
             self._reduce_norms(matrices, own)
         self._flatten_dead_layers(matrices)
+        # The largest parts, not read again.
+        for layer in self._layers.values():
+            layer.outer = layer.outer.new_empty(0)
+        for cross in self._crosses.values():
+            cross.outer = cross.outer.new_empty(0)
 
     def rows_gradient(
         self, gradients: Matrices, node: Node, x: Tensor, guide: Mapping[Node, Tensor], weights: Tensor

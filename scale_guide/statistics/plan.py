@@ -1,13 +1,15 @@
 """Which layout computes which layer pairs: a cost model over shapes and the number of processes, nothing else.
 
-With b = N / W rows per rank, widths p (target layer) and q (guide layer), per rank (DESIGN 3):
+With b = N / W rows per rank, widths p (target layer) and q (guide layer), per rank (DESIGN 3), s = 9/16 the share of a
+symmetric product that is multiplied:
 
-    layout       elements on the wire        flops                        state (elements)                 messages
-    gather       N(p + q)                    2N^2(p + q) + 2bNp           N(p + q) + 2N^2                  1
-    transpose    b(2p + q) + 2N^2            2bN(2p + q)                  b(p + q) + 2N^2                  3
-    covariance   2pq + p^2 + q^2             2b(2pq + 2p^2 + q^2)         pq + p^2 + q^2, free of N        1
+    layout      elements on the wire   messages  flops                                  elements of matrices
+    gather      N(p + q)               1         s 2N^2(p + q) + 2bNp                   2N^2
+    transpose   b(2p + q) + 2N^2       3         2bN(s(p + q) + p)                      2N^2
+    covariance  2pq + p^2 + q^2        1         2b(2pq + (1 + s)p^2 + s q^2)           pq + p^2 + q^2
 
-A layer's share is paid once, however many pairs it is in; so is a message, which carries all layers.
+and what is kept is the matrices, and of the Gram layouts N(p + q) or b(p + q) elements of rows. A layer's share is
+paid once, however many pairs it is in; so is a message, which carries all layers.
 """
 
 from __future__ import annotations
@@ -25,8 +27,12 @@ LAYOUTS: tuple[Layout, ...] = ("gather", "transpose", "covariance")
 _MESSAGES: dict[Layout, int] = {"gather": 1, "transpose": 3, "covariance": 1}
 FLOPS_PER_ELEMENT = 1000
 """Multiply-adds worth one fp32 element on the wire: about 400 over gloo on two cores, 1,000 to 8,000 on GPUs."""
-FLOPS_PER_MESSAGE = 10**8
+FLOPS_PER_MESSAGE = 2 * 10**8
 """Multiply-adds worth the latency of one collective: milliseconds over gloo on busy cores, tens of us on GPUs."""
+FLOPS_PER_MATRIX_ELEMENT = 600
+"""Multiply-adds worth what is done to an element of the matrices besides products: centring, squares, gradients."""
+SYMMETRIC = 9 / 16
+"""Share of a symmetric product that is multiplied (`matrices.add_symmetric`)."""
 
 
 @dataclass(frozen=True)
@@ -48,17 +54,27 @@ class Pair:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one layout costs a rank per step: elements on the wire, collectives, flops, elements kept."""
+    """What one layout costs a rank per step.
+
+    Attributes:
+        wire: Elements handed to collectives.
+        messages: Collectives.
+        flops: Of the matrix products.
+        matrices: Elements of the matrices.
+        state: Elements kept: the matrices and rows.
+    """
 
     wire: float
     messages: int
     flops: float
+    matrices: float
     state: float
 
     @property
     def score(self) -> float:
         """One number to compare layouts by, in flops."""
-        return self.flops + FLOPS_PER_ELEMENT * self.wire + FLOPS_PER_MESSAGE * self.messages
+        moved = FLOPS_PER_ELEMENT * self.wire + FLOPS_PER_MESSAGE * self.messages
+        return self.flops + FLOPS_PER_MATRIX_ELEMENT * self.matrices + moved
 
 
 @dataclass(frozen=True)
@@ -177,13 +193,14 @@ def _cost(
     if layout == "covariance":
         p2, q2 = sum(w**2 for w in targets), sum(w**2 for w in guides)
         pq = sum(widths[pair.nodes[0]] * widths[pair.nodes[1]] for pair in pairs)
-        wire, flops, state = 2 * pq + p2 + q2, 2 * b * (2 * pq + 2 * p2 + q2), pq + p2 + q2
+        matrices, rows, wire = pq + p2 + q2, 0, 2 * pq + p2 + q2
+        flops = 2 * b * (2 * pq + (1 + SYMMETRIC) * p2 + SYMMETRIC * q2)
     elif layout == "transpose":
-        grams = len(nodes) * n**2
-        wire, flops, state = b * (2 * p + q) + grams, 2 * b * n * (2 * p + q), b * (p + q) + grams
+        matrices, rows = len(nodes) * n**2, b * (p + q)
+        wire, flops = b * (2 * p + q) + matrices, 2 * b * n * (SYMMETRIC * (p + q) + p)
     else:
-        grams = len(nodes) * n**2
-        wire, flops, state = n * (p + q), 2 * n**2 * (p + q) + 2 * b * n * p, n * (p + q) + grams
+        matrices, rows, wire = len(nodes) * n**2, n * (p + q), n * (p + q)
+        flops = 2 * n**2 * SYMMETRIC * (p + q) + 2 * b * n * p
     if num_processes == 1:
-        return Cost(wire=0, messages=0, flops=flops, state=state)
-    return Cost(wire=wire, messages=_MESSAGES[layout], flops=flops, state=state)
+        return Cost(wire=0, messages=0, flops=flops, matrices=matrices, state=matrices + rows)
+    return Cost(wire=wire, messages=_MESSAGES[layout], flops=flops, matrices=matrices, state=matrices + rows)

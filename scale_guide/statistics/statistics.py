@@ -54,7 +54,7 @@ class Statistics:
         ]
         self._covariance = CovarianceStatistics(plan.pairs("covariance"), wires, centre=centre, norms=norms)
         self._in_covariance = {node for pair in plan.pairs("covariance") for node in pair.nodes}
-        self._num_rows = self._num_valid = 0
+        self._num_rows = self._num_valid = self._num_micro_batches = 0
         self._shapes = zlib.crc32(str([(part.layout, *map(str, part.pairs)) for part in plan.parts]).encode())
         self._matrices: Matrices | None = None
         self._reduced_guide = False
@@ -84,6 +84,7 @@ class Statistics:
         for gram in self._grams:
             gram.add(rows, padding)
             gram.add_weights(self._weights(rows, weights), padding)
+        self._num_micro_batches += 1
         self._num_rows += len(self._weights(rows, weights))
         self._num_valid += int((self._weights(rows, weights) > 0).sum())
 
@@ -127,6 +128,8 @@ class Statistics:
             ValueError: fewer than 4 valid rows in all, or ranks that collected different layers or widths (on every
                 rank alike).
         """
+        if not self._reduced_guide and self._num_micro_batches > 1:
+            self.reduce_guide()  # first, for the rows of both sides on the way at once would be the peak of the step
         matrices = self._agreed_matrices()
         sides = _TARGET if self._reduced_guide else _GUIDE + _TARGET
         with exact_products(self._device):
