@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,52 +68,59 @@ def guided_step(
         stop: Whether this rank was asked to stop; all ranks learn of it through `agreed`.
     """
     assert guidance is not None or warmup is None, "a warm-up minimises the guidance loss"
-    k, on_noise = len(micro_batches), warmup in ("noise", "released_noise")
+    k = len(micro_batches)
     totals = _agree(micro_batches, task, engine, stop)
-    agreed = _later(totals)
-    count = totals[0].clamp_min(1)
-    if warmup is not None and on_noise:
+    agreed, count = _later(totals), totals[0].clamp_min(1)
+    if warmup is not None and warmup != "data":
         place = {"seed": seed, "step": step, "rank": engine.rank, "world_size": engine.world_size}
         micro_batches = with_noise(micro_batches, warmup, task, **place)
+    forward = partial(_forward, target=target, engine=engine, guidance=guidance, seed=seed, step=step)
     two_passes = guidance is not None and k > 1 and accumulation == "exact"
     if guidance is not None and two_passes:
-        _first_pass(micro_batches, target, engine, guidance, seed, step)
+        with torch.no_grad(), batch_norm_paused(engine.unwrap(target)):
+            for j, host_batch in enumerate(micro_batches):
+                forward(engine.to_device(host_batch), j)
+                guidance.collect()
+        guidance.reduce()
     # The Gram layouts have all they need of the guide after the first pass.
     guide_too = not two_passes or (guidance is not None and guidance.needs_guide_again)
-    task_sum = torch.zeros((), device=engine.device, dtype=count.dtype)
-    guidance_sum = torch.zeros_like(task_sum)
+    task_sums, guidance_parts = [], []
     for j, host_batch in enumerate(micro_batches):
         batch = engine.to_device(host_batch)
         with engine.micro_batch(last=j == k - 1):
-            output = _forward(batch, target, engine, guidance, (seed, step, j), guide_too=guide_too)
-            if not on_noise:
-                with torch.set_grad_enabled(warmup is None):
-                    loss = task.loss(output, batch)
-                task_sum = task_sum + loss.detach()
-                loss = loss * (engine.world_size / count).to(loss.dtype)
-            if guidance is not None:
-                part = guidance.loss() / (1 if two_passes else k)
-                guidance_sum = guidance_sum + part.detach()
-                loss = loss + part if warmup is None else _reaching(output, part)
-            engine.backward(loss)
+            output = forward(batch, j, guide_too=guide_too)
+            task_sum = _task_sum(output, batch, task, warmup)
+            part = None if guidance is None else guidance.loss() / (1 if two_passes else k)
+            engine.backward(_joined(output, task_sum, part, engine.world_size / count, warmup))
+        task_sums += [] if task_sum is None else [task_sum.detach().to(count)]
+        guidance_parts += [] if part is None else [part.detach().to(count)]
     engine.step()
-    return StepLog(
-        task_sum=None if on_noise else task_sum,
-        count=count,
-        guidance_loss=guidance_sum if guidance is not None else None,
-        agreed=agreed,
-    )
+    return StepLog(_sum(task_sums), count, _sum(guidance_parts), agreed)
 
 
-def _first_pass(
-    micro_batches: Sequence[Batch], target: nn.Module, engine: Engine, guidance: Guidance, seed: int, step: int
-) -> None:
-    """Gathers the statistics of all micro-batches, without gradients, and reduces them. Collective."""
-    with torch.no_grad(), batch_norm_paused(engine.unwrap(target)):
-        for j, host_batch in enumerate(micro_batches):
-            _forward(engine.to_device(host_batch), target, engine, guidance, (seed, step, j))
-            guidance.collect()
-    guidance.reduce()
+def _task_sum(output: Any, batch: Batch, task: Task, warmup: WarmupInput | None) -> Tensor | None:
+    """Returns the task loss of a micro-batch, only looked at in a warm-up on data; None on noise."""
+    if warmup not in (None, "data"):
+        return None
+    with torch.set_grad_enabled(warmup is None):
+        return task.loss(output, batch)
+
+
+def _joined(
+    output: Any, task_sum: Tensor | None, part: Tensor | None, scale: Tensor, warmup: WarmupInput | None
+) -> Tensor:
+    """Returns the loss of a micro-batch: the task's times `scale` and the guidance's; in a warm-up that alone."""
+    if warmup is not None:
+        assert part is not None, "a warm-up minimises the guidance loss"
+        return _reaching(output, part)
+    assert task_sum is not None, "only noise has no task loss"
+    loss = task_sum * scale.to(task_sum.dtype)
+    return loss if part is None else loss + part
+
+
+def _sum(values: Sequence[Tensor]) -> Tensor | None:
+    """Returns the sum of scalars; None if there are none."""
+    return torch.stack(list(values)).sum() if values else None
 
 
 def _reaching(output: Any, loss: Tensor) -> Tensor:
@@ -163,15 +171,16 @@ def _later(tensor: Tensor) -> Callable[[], list[float]]:
 
 def _forward(
     batch: Batch,
+    j: int,
+    *,
     target: nn.Module,
     engine: Engine,
     guidance: Guidance | None,
-    key: tuple[int, int, int],
-    *,
+    seed: int,
+    step: int,
     guide_too: bool = True,
 ) -> Any:
-    """Returns the target's output, the guide having run first; both passes over a micro-batch draw the same masks."""
-    seed, step, j = key
+    """Returns the target's output, the guide having run first; both passes over micro-batch j draw the same masks."""
     # By the number of the micro-batch within the global batch: the same masks for W x k as for 1 x (W k).
     state = np.random.SeedSequence([seed % 2**64, step, j * engine.world_size + engine.rank]).generate_state(1)
     torch.manual_seed(int(state[0]))
