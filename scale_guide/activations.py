@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -209,6 +210,12 @@ def _in_forward() -> bool:
 
 def _times(count: int) -> str:
     return f"{count} time" if count == 1 else f"{count} times"
+
+
+def means(wanted: str, fire: str) -> bool:
+    """Returns whether a name or glob means a fire; without a # it means every fire of a layer."""
+    name = fire if "#" in wanted else fire.partition("#")[0]
+    return fnmatch.fnmatchcase(name, wanted) or name == wanted
 
 
 def first_tensor(output: Any) -> Tensor | None:

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from scale_guide.activations import Recorder
-from scale_guide.layer_weights import means, weigh
+from scale_guide.activations import Recorder, means
+from scale_guide.layer_weights import weigh
 from scale_guide.lookup import unknown
 from scale_guide.rows import How, select
 from scale_guide.statistics import Node, Pair, Side

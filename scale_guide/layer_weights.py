@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from scale_guide.activations import means
 from scale_guide.lookup import unknown
 from scale_guide.statistics import Pair
-
-
-def means(wanted: str, fire: str) -> bool:
-    """Returns whether a name or glob means a fire; without a # it means every fire of a layer."""
-    name = fire if "#" in wanted else fire.partition("#")[0]
-    return fnmatch.fnmatchcase(name, wanted) or name == wanted
 
 
 def weigh(pairs: Sequence[Pair], factors: Mapping[str, float]) -> list[Pair]:

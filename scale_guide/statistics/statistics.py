@@ -81,12 +81,13 @@ class Statistics:
         """Adds the guide's half of one micro-batch; arguments and errors as of `add`."""
         rows = _by_node("guide", guide)
         self._see(rows, padding)
+        weights = _weights(rows, weights)
         for gram in self._grams:
             gram.add(rows, padding)
-            gram.add_weights(self._weights(rows, weights), padding)
+            gram.add_weights(weights, padding)
         self._num_micro_batches += 1
-        self._num_rows += len(self._weights(rows, weights))
-        self._num_valid += int((self._weights(rows, weights) > 0).sum())
+        self._num_rows += len(weights)
+        self._num_valid += int((weights > 0).sum())
 
     @torch.no_grad()
     def add_target(
@@ -103,7 +104,7 @@ class Statistics:
         with exact_products(self._device):
             for gram in self._grams:
                 gram.add(rows, padding)
-            self._covariance.add(both, self._weights(rows, weights), self._dtype)
+            self._covariance.add(both, _weights(rows, weights), self._dtype)
 
     @torch.no_grad()
     def reduce_guide(self) -> None:
@@ -168,11 +169,7 @@ class Statistics:
             return gram.rows_gradient(micro_batch, node).to(x.device)
         rows = _by_node("guide", guide)
         with exact_products(self._device):
-            return self._covariance.rows_gradient(self._gradients, node, x, rows, self._weights({node: x}, weights))
-
-    def _weights(self, rows: Mapping[Node, Tensor], weights: Tensor | None) -> Tensor:
-        first = next(iter(rows.values()))
-        return torch.ones(len(first), device=first.device) if weights is None else weights.to(first.device)
+            return self._covariance.rows_gradient(self._gradients, node, x, rows, _weights({node: x}, weights))
 
     def _see(self, rows: Mapping[Node, Tensor], padding: Padding | None) -> None:
         """Takes note of what every rank must have alike."""
@@ -219,6 +216,11 @@ class Statistics:
 
 def _by_node(side: Side, rows: Rows) -> dict[Node, Tensor]:
     return {(side, name): value.detach() for name, value in rows.items()}
+
+
+def _weights(rows: Mapping[Node, Tensor], weights: Tensor | None) -> Tensor:
+    first = next(iter(rows.values()))
+    return torch.ones(len(first), device=first.device) if weights is None else weights.to(first.device)
 
 
 def _check_equal_rows(rows: Mapping[Node, Tensor]) -> None:
