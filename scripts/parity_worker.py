@@ -98,10 +98,9 @@ def _divide_by_local_count() -> None:
 def _draw_other_masks_first() -> None:
     right = trainer._forward
 
-    def forward(batch: Any, target: Any, engine: Any, guidance: Any, key: Any, **kwargs: Any) -> Any:
-        seed, step, j = key
+    def forward(*args: Any, seed: int, **kwargs: Any) -> Any:
         first_pass = not torch.is_grad_enabled()
-        return right(batch, target, engine, guidance, (seed + first_pass, step, j), **kwargs)
+        return right(*args, seed=seed + first_pass, **kwargs)
 
     trainer._forward = forward
 
