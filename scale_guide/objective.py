@@ -175,18 +175,17 @@ def companions(matrices: Matrices, pair: Pair, *, centred: bool = True) -> tuple
         matrices: Of one global batch.
         pair: One of its pairs.
         centred: Whether the matrices are those of centred rows (`Similarity.centre`). If not they are centred here,
-            which in fp32 is good to about 1e-7 (|mean| / std)^2; and a layer counts as without spread if it is zero.
+            which in fp32 is good to about 1e-7 (|mean| / std)^2; and then only a layer that is exactly constant
+            counts as without spread.
     """
     x, y = pair.nodes
     if x in matrices.grams:
         grams = matrices.grams[x], matrices.grams[y]
         moments = _moments.of_grams(*(grams if centred else map(_moments.centred, grams)))
-        traces = [gram.diagonal().sum() for gram in grams]
     else:
         blocks = matrices.features[x], matrices.crosses[pair], matrices.features[y]
         moments = _moments.of_features(*blocks, _norms(matrices, pair))
-        traces = [moments.target_trace, moments.guide_trace]
-    spread = ((trace != 0).to(trace) for trace in traces)
+    spread = (moments.traces[1:] != 0).to(moments.traces.dtype)
     return debiased_cka.of_moments(moments), _moments.null_floor(moments), *spread
 
 

@@ -18,26 +18,32 @@ class Norms(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Of K and L, each divided by its trace: <K,L>, <K,K>, <L,L>, the same for their diagonals, and the traces.
+    """Of K and L, each divided by its trace; every field is a vector [3] of target x guide, target^2 and guide^2.
 
     CKA ignores scale, and after the division neither a fp32 overflow (activations of 1e5) nor an underflow is near. A
     layer without spread has all-zero moments; any other has trace 1.
+
+    Attributes:
+        num_rows: n.
+        inner: <K,L>, <K,K>, <L,L>.
+        diagonals: The same of their diagonals.
+        traces: Products of their traces.
     """
 
     num_rows: int
-    xy: Tensor
-    xx: Tensor
-    yy: Tensor
-    product: Tensor
-    target_square: Tensor
-    guide_square: Tensor
-    target_trace: Tensor
-    guide_trace: Tensor
+    inner: Tensor
+    diagonals: Tensor
+    traces: Tensor
 
 
-def _inverse(trace: Tensor) -> Tensor:
-    trace = trace.detach()
-    return torch.where(trace == 0, torch.ones_like(trace), trace).reciprocal()
+def _products(x: Tensor, y: Tensor) -> Tensor:
+    """Returns x y, x^2 and y^2 in one tensor [3, ...]."""
+    return torch.stack([x * y, x.square(), y.square()])
+
+
+def _inverse(traces: Tensor) -> Tensor:
+    traces = traces.detach()
+    return traces.masked_fill(traces == 0, 1).reciprocal()
 
 
 def unit_trace(K: Tensor) -> Tensor:
@@ -57,44 +63,44 @@ def of_grams(K: Tensor, L: Tensor) -> Moments:
     """Returns the moments of a pair from its Gram matrices K, L [n, n] of prepared rows."""
     K, L = unit_trace(K), unit_trace(L)
     a, b = K.diagonal(), L.diagonal()
-    inner = ((K * L).sum(), K.square().sum(), L.square().sum())
-    return Moments(K.shape[0], *inner, (a * b).sum(), a.square().sum(), b.square().sum(), a.sum(), b.sum())
+    inner = torch.stack([(K * L).sum(), K.square().sum(), L.square().sum()])
+    return Moments(K.shape[0], inner, _products(a, b).sum(dim=1), _products(a.sum(), b.sum()))
 
 
 def of_features(A: Tensor, C: Tensor, D: Tensor, norms: Norms | None = None) -> Moments:
     """Returns the moments of a pair from A [p, p], C [p, q], D [q, q]; without `norms` the diagonals' are zero."""
-    traces = A.diagonal().sum(), D.diagonal().sum()
-    x, y = _inverse(traces[0]), _inverse(traces[1])
-    xy, xx, yy = (C * (x * y).sqrt()).square().sum(), (A * x).square().sum(), (D * y).square().sum()
-    zero = torch.zeros_like(xy)
+    traces = torch.stack([A.diagonal().sum(), D.diagonal().sum()])
+    x, y = inverses = _inverse(traces)
+    inner = torch.stack([(C * (x * y).sqrt()).square().sum(), (A * x).square().sum(), (D * y).square().sum()])
+    products = _products(*(traces * inverses))
     if norms is None:
-        return Moments(0, xy, xx, yy, zero, zero, zero, traces[0] * x, traces[1] * y)
-    n, product, target, guide = norms
-    out_of_range = _out_of_range(n, target, traces[0]) | _out_of_range(n, guide, traces[1])
-    one = torch.ones_like(zero).masked_fill(out_of_range, torch.nan)
-    diagonals = (product * x * y * one, target * x.square() * one, guide * y.square() * one)
-    return Moments(n, xy, xx, yy, *diagonals, traces[0] * x, traces[1] * y)
+        return Moments(0, inner, torch.zeros_like(inner), products)
+    diagonals = torch.stack([norms.product, norms.target_square, norms.guide_square])
+    out_of_range = _out_of_range(norms.num_rows, diagonals[1:], traces).any()
+    # One factor after the other: the square of the inverse of a large trace underflows.
+    scaled = diagonals * inverses[[0, 0, 1]] * inverses[[1, 0, 1]]
+    return Moments(norms.num_rows, inner, scaled.masked_fill(out_of_range, torch.nan), products)
 
 
-def _out_of_range(n: int, square: Tensor, trace: Tensor) -> Tensor:
-    """Returns whether sum a^2, a fourth power of the rows, left the number format although sum a did not.
+def _out_of_range(n: int, squares: Tensor, traces: Tensor) -> Tensor:
+    """Returns whether sums a^2, fourth powers of the rows, left the number format although the sums a did not.
 
     In fp32 that happens below 1e-9 and above 1e9. It shows: n sum a^2 is never less than (sum a)^2.
     """
-    square, trace = square.detach(), trace.detach()
-    below = (square < torch.finfo(square.dtype).tiny) | (n * square < 0.99 * trace.square())
-    return (below & (trace != 0)) | ~square.isfinite()
+    squares, traces = squares.detach(), traces.detach()
+    below = (squares < torch.finfo(squares.dtype).tiny) | (n * squares < 0.99 * traces.square())
+    return (below & (traces != 0)) | ~squares.isfinite()
 
 
 def ratio(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
     """Returns xy / sqrt(xx yy), and 0 with zero gradient where xx or yy is not positive. NaN stays NaN."""
     dead = (xx <= 0) | (yy <= 0)
-    one = torch.ones_like(xx)
-    scale = torch.where(dead, one, xx).sqrt() * torch.where(dead, one, yy).sqrt()
-    return torch.where(dead, torch.zeros_like(xy), xy) / scale
+    scale = xx.masked_fill(dead, 1).sqrt() * yy.masked_fill(dead, 1).sqrt()
+    return xy.masked_fill(dead, 0) / scale
 
 
 def null_floor(moments: Moments) -> Tensor:
     """Returns what CKA averages to over random re-pairings of the rows: tr K tr L / ((n - 1) |K| |L|) (DESIGN 1)."""
-    live = (moments.xx > 0) & (moments.yy > 0)
-    return ratio(live.to(moments.xx.dtype), moments.xx, moments.yy) / (moments.num_rows - 1)
+    _, xx, yy = moments.inner
+    live = (xx > 0) & (yy > 0)
+    return ratio(live.to(xx.dtype), xx, yy) / (moments.num_rows - 1)

@@ -16,10 +16,10 @@ ROWS: Preparation = "centre"
 def gram(K: Tensor, L: Tensor) -> Tensor:
     """Returns CKA, a scalar, from the Gram matrices K and L [n, n] of centred rows. A layer without spread gives 0."""
     moments = _moments.of_grams(K, L)
-    return _moments.ratio(moments.xy, moments.xx, moments.yy)
+    return _moments.ratio(*moments.inner)
 
 
 def feature(A: Tensor, C: Tensor, D: Tensor) -> Tensor:
     """Returns CKA, a scalar, from A [p, p], C [p, q] and D [q, q] of centred rows; equal to `gram`."""
     moments = _moments.of_features(A, C, D)
-    return _moments.ratio(moments.xy, moments.xx, moments.yy)
+    return _moments.ratio(*moments.inner)

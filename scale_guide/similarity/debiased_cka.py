@@ -29,12 +29,6 @@ def feature(A: Tensor, C: Tensor, D: Tensor, norms: Norms) -> Tensor:
 def of_moments(moments: Moments) -> Tensor:
     """Returns debiased CKA from a pair's moments. Only the denominators are clamped: they are squares in the mean."""
     n = moments.num_rows
-
-    def unbiased(inner: Tensor, diagonal: Tensor, traces: Tensor) -> Tensor:
-        return inner - n / (n - 2) * diagonal + traces / ((n - 1) * (n - 2))
-
-    xy = unbiased(moments.xy, moments.product, moments.target_trace * moments.guide_trace)
-    xx = unbiased(moments.xx, moments.target_square, moments.target_trace.square())
-    yy = unbiased(moments.yy, moments.guide_square, moments.guide_trace.square())
-    tiny = torch.finfo(xx.dtype).eps
-    return _moments.ratio(xy, xx.clamp_min(tiny * moments.xx.detach()), yy.clamp_min(tiny * moments.yy.detach()))
+    unbiased = moments.inner - n / (n - 2) * moments.diagonals + moments.traces / ((n - 1) * (n - 2))
+    tiny = torch.finfo(unbiased.dtype).eps * moments.inner.detach()
+    return _moments.ratio(unbiased[0], *unbiased[1:].clamp_min(tiny[1:]))

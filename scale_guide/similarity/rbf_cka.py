@@ -20,7 +20,7 @@ BANDWIDTH = 0.8
 def gram(K: Tensor, L: Tensor) -> Tensor:
     """Returns CKA of the kernels, a scalar, from K and L [n, n] of centred rows. A layer without spread gives 0."""
     moments = _moments.of_grams(_kernel(K), _kernel(L))
-    return _moments.ratio(moments.xy, moments.xx, moments.yy)
+    return _moments.ratio(*moments.inner)
 
 
 def _kernel(K: Tensor) -> Tensor:

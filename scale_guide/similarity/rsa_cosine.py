@@ -32,15 +32,8 @@ def feature(A: Tensor, C: Tensor, D: Tensor, norms: _moments.Norms) -> Tensor:
         n (n - 1) m_x m_y = 4n sum(a) sum(b) / (n - 1)
     """
     moments = _moments.of_features(A, C, D, norms)
-    n, a, b = moments.num_rows, moments.target_trace, moments.guide_trace
-    rounding = _distances.CONSTANT * torch.finfo(A.dtype).eps
-
-    def covariance(diagonal: Tensor, inner: Tensor, traces: Tensor) -> tuple[Tensor, Tensor]:
-        whole = 2 * n * diagonal + 4 * inner
-        covered = whole - 2 * (n + 1) / (n - 1) * traces
-        return covered, covered.masked_fill(covered <= rounding * whole, 0)
-
-    xy, _ = covariance(moments.product, moments.xy, a * b)
-    _, xx = covariance(moments.target_square, moments.xx, a.square())
-    _, yy = covariance(moments.guide_square, moments.yy, b.square())
-    return _moments.ratio(xy, xx, yy)
+    n = moments.num_rows
+    whole = 2 * n * moments.diagonals + 4 * moments.inner
+    covariances = whole - 2 * (n + 1) / (n - 1) * moments.traces
+    rounding = _distances.CONSTANT * torch.finfo(A.dtype).eps * whole[1:]
+    return _moments.ratio(covariances[0], *covariances[1:].masked_fill(covariances[1:] <= rounding, 0))

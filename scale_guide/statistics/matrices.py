@@ -93,13 +93,12 @@ def exact_products(device: torch.device) -> Iterator[None]:
     """Turns autocast and TF32 off: under autocast `x.float() @ x.float().T` would come back in bf16."""
     before = torch.get_float32_matmul_precision()
     # Even setting it to what it is makes torch.compile compile once more.
-    if before == "highest":
-        with torch.autocast(device.type, enabled=False):
-            yield
-        return
-    torch.set_float32_matmul_precision("highest")
+    # Only where it changes something: even setting it to what it is makes torch.compile compile once more.
+    if before != "highest":
+        torch.set_float32_matmul_precision("highest")
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if before != "highest":
+            torch.set_float32_matmul_precision(before)
