@@ -92,7 +92,6 @@ def add_symmetric(matrix: Tensor, rows: Tensor) -> Tensor:
 def exact_products(device: torch.device) -> Iterator[None]:
     """Turns autocast and TF32 off: under autocast `x.float() @ x.float().T` would come back in bf16."""
     before = torch.get_float32_matmul_precision()
-    # Even setting it to what it is makes torch.compile compile once more.
     # Only where it changes something: even setting it to what it is makes torch.compile compile once more.
     if before != "highest":
         torch.set_float32_matmul_precision("highest")
