@@ -12,7 +12,7 @@ from torchvision.models import resnet18, resnet50
 from scale_guide import layer_pairs
 from scale_guide.layer_map import Layer, candidates, make_pairs, trace, trace_layers
 from scale_guide.layer_weights import weigh
-from scale_guide.models import deep_fcn, rnn, transformer
+from scale_guide.models import deep_fcn, plain_resnet, rnn, transformer, wide_fcn
 from scale_guide.statistics import Pair
 
 
@@ -45,6 +45,33 @@ def test_released_layer_counts() -> None:
     assert len(on_meta(resnet50, 2, 3, 64, 64, layers="released")) == 54
     fcn = {"num_classes": 10, "input_shape": (3, 32, 32), "depth": 48, "first_width": 64, "width": 32}
     assert len(on_meta(deep_fcn.build, 2, 3, 32, 32, layers="released", **fcn)) == 48
+
+
+@pytest.mark.parametrize(
+    ("guide", "num_guide", "target", "num_target", "num_summed"),
+    [
+        (resnet18, 21, deep_fcn.build, 48, 21),
+        (resnet18, 21, wide_fcn.build, 3, 3),
+        (resnet50, 54, plain_resnet.build, 50, 50),
+    ],
+)
+def test_released_pairs_of_the_papers_rows(
+    guide: Any, num_guide: int, target: Any, num_target: int, num_summed: int
+) -> None:
+    """At paper size, on meta tensors (PAPER.md section 3): l, t, pairs, and the terms the released code sums."""
+    options = {} if target is plain_resnet.build else {"input_shape": (3, 224, 224)}
+    with torch.device("meta"):
+        networks = target(num_classes=1000, **options), guide(num_classes=1000)
+        for collision, num_pairs in (("sum", num_guide), ("last", num_summed)):
+            layers = trace(
+                *networks,
+                torch.empty(2, 3, 224, 224),
+                target_layers="released",
+                guide_layers="released",
+                collision=collision,
+            )
+            assert (len(layers.guide), len(layers.target)) == (num_guide, num_target)
+            assert len(layers.pairs) == num_pairs
 
 
 def test_execution_order_not_definition_order() -> None:

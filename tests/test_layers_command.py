@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from scale_guide.__main__ import main
 from scale_guide.build import build_network, build_task
 from scale_guide.data_order import SeededDataset, TrainOrder
-from scale_guide.models import deep_fcn
+from scale_guide.models import _fcn
 from scale_guide.recipe import read_recipe
 
 IMAGES = """
@@ -141,14 +141,14 @@ def test_it_runs_in_pieces(
 ) -> None:
     """Of micro_batch_size examples at most, or 64, and never a single one, which BatchNorm could not take."""
     seen: list[int] = []
-    right = deep_fcn.DeepFCN.forward
+    right = _fcn.FCN.forward
 
-    def forward(self: deep_fcn.DeepFCN, images: Tensor) -> Tensor:
+    def forward(self: _fcn.FCN, images: Tensor) -> Tensor:
         if images.device.type != "meta" and self.training:
             seen.append(len(images))
         return right(self, images)
 
-    monkeypatch.setattr(deep_fcn.DeepFCN, "forward", forward)
+    monkeypatch.setattr(_fcn.FCN, "forward", forward)
     with_norm = IMAGES.replace("batch_norm: false, dropout: 0.0}}\nguide", "batch_norm: true, dropout: 0.1}}\nguide")
     one_piece, _ = measured(IMAGES, tmp_path, capsys, "--training.micro_batch_size=96")
     pieces, _ = measured(IMAGES, tmp_path, capsys, "--training.micro_batch_size=16")

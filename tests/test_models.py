@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
-from scale_guide.models import deep_fcn, rnn, transformer
+from scale_guide.models import deep_fcn, plain_resnet, rnn, transformer, transformer_encoder, wide_fcn
 
 small_rnn = partial(rnn.build, vocab_size=11, embedding=8, hidden=16, layers=3)
 small_transformer = partial(
@@ -24,6 +25,16 @@ SEQUENCE_MODELS = {
     "transformer": small_transformer,
 }
 sequence_models = pytest.mark.parametrize("build", SEQUENCE_MODELS.values(), ids=SEQUENCE_MODELS)
+CLASSIFIERS = {
+    "rnn": partial(rnn.build, embedding=8, hidden=16, layers=2),
+    "lstm": partial(rnn.build, embedding=8, hidden=16, layers=2, cell="lstm"),
+    "transformer_encoder": partial(transformer_encoder.build, max_length=12, width=16, heads=4, feedforward=32),
+}
+classifiers = pytest.mark.parametrize(
+    "build",
+    [partial(build, vocab_size=4, num_classes=5, padding_id=3) for build in CLASSIFIERS.values()],
+    ids=CLASSIFIERS,
+)
 
 
 def move_by_last_token(model: nn.Module) -> torch.Tensor:
@@ -45,6 +56,38 @@ def test_deep_fcn_has_the_papers_size() -> None:
     assert [(m.in_features, m.out_features) for m in linears[:3]] == [(150528, 2048), (2048, 1024), (1024, 1024)]
     assert len([m for m in model.modules() if isinstance(m, nn.BatchNorm1d)]) == 48
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(360e6, rel=0.01)
+
+
+def test_wide_fcn_has_the_papers_size() -> None:
+    with torch.device("meta"):
+        model = wide_fcn.build(num_classes=1000, input_shape=(3, 224, 224))
+        assert model(torch.empty(2, 3, 224, 224)).shape == (2, 1000)
+    linears = [(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear)]
+    assert linears == [(150528, 8192), (8192, 8192), (8192, 8192), (8192, 1000)]
+    kinds = [type(m) for m in model.hidden[0].children()]
+    assert kinds == [nn.Linear, nn.BatchNorm1d, nn.ReLU]
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(1.376e9, rel=0.001)
+
+
+def test_plain_resnet_is_resnet_50_without_its_ways_round() -> None:
+    with torch.device("meta"):
+        model = plain_resnet.build(num_classes=1000)
+        assert model(torch.empty(2, 3, 224, 224)).shape == (2, 1000)
+        whole = torchvision.models.resnet50()
+    kept = {name: p.shape for name, p in whole.named_parameters() if "downsample" not in name}
+    assert {name: p.shape for name, p in model.named_parameters()} == kept
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(22.8e6, rel=0.002)
+
+
+def test_plain_resnet_has_no_way_round_a_block() -> None:
+    """A block whose last BatchNorm gives zero passes nothing on; ResNet-50's would pass its input."""
+    torch.manual_seed(0)
+    model = plain_resnet.build(num_classes=3, blocks=[1, 1, 1, 1], width_per_group=4).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert not torch.equal(*model(images))
+        nn.init.zeros_(model.layer2[0].bn3.weight)
+        assert torch.equal(*model(images))
 
 
 def test_deep_fcn_follows_its_options() -> None:
@@ -110,6 +153,44 @@ def test_every_weight_gets_a_gradient(build: Callable[..., nn.Module]) -> None:
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
+@classifiers
+def test_classifier_reads_no_padding(build: Callable[..., nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = build().eval()
+    tokens = torch.randint(0, 3, (4, 12))
+    lengths = [1, 5, 11, 12]
+    for row, length in zip(tokens, lengths, strict=True):
+        row[length:] = 3
+    together = model(tokens)
+    assert together.shape == (4, 5)
+    for row, length, logits in zip(tokens, lengths, together, strict=True):
+        torch.testing.assert_close(model(row[None, :length])[0], logits)
+        changed = row[None, :length].clone()
+        changed[0, length - 1] = (changed[0, length - 1] + 1) % 3
+        assert (model(changed)[0] - logits).abs().max() > 1e-3  # the last real token is read
+
+
+@classifiers
+def test_classifiers_run_on_meta_and_give_every_weight_a_gradient(build: Callable[..., nn.Module]) -> None:
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("error")
+        assert build(dropout=0.1)(torch.zeros(2, 12, dtype=torch.int64)).shape == (2, 5)
+    torch.manual_seed(0)
+    model = build()
+    (model(torch.randint(0, 4, (8, 12))) * torch.randn(8, 5)).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_transformer_encoder_equals_bert_with_its_own_mask() -> None:
+    torch.manual_seed(0)
+    model = CLASSIFIERS["transformer_encoder"](vocab_size=4, num_classes=5, padding_id=3).eval()
+    tokens = torch.randint(0, 4, (3, 12))
+    real = tokens != 3
+    hidden = model.bert(tokens, attention_mask=real.long()).last_hidden_state
+    means = torch.stack([row[keep].mean(dim=0) for row, keep in zip(hidden, real, strict=True)])
+    torch.testing.assert_close(model(tokens), model.head(means))
+
+
 def test_stacked_rnn_is_a_list_of_one_layer_modules_of_the_stated_sizes() -> None:
     model = rnn.build(vocab_size=13)
     assert [(m.input_size, m.hidden_size, m.num_layers) for m in model.modules() if isinstance(m, nn.RNN)] == [
@@ -128,12 +209,23 @@ def test_stacked_rnn_is_a_list_of_one_layer_modules_of_the_stated_sizes() -> Non
             {"num_classes": 2, "input_shape": (1, 2, 2), "depth": 0},
             "depth of deep_fcn is 0.*at least 1",
         ),
+        (
+            wide_fcn.build,
+            {"num_classes": 2, "input_shape": (1, 2, 2), "depth": 0},
+            "depth of wide_fcn is 0.*at least 1",
+        ),
+        (plain_resnet.build, {"num_classes": 2, "blocks": [3, 4, 6]}, r"blocks of plain_resnet is \[3, 4, 6\].*four"),
         (rnn.build, {"vocab_size": 3, "cell": "lstn"}, "rnn: cell='lstn' .*mean 'lstm'.*gru, lstm, rnn"),
         (rnn.build, {"vocab_size": 3, "layers": 0}, "layers of rnn is 0"),
         (
             transformer.build,
             {"vocab_size": 3, "max_length": 4, "width": 30, "heads": 4},
             "heads of transformer is 4 and width is 30.*to 3",
+        ),
+        (
+            transformer_encoder.build,
+            {"vocab_size": 3, "num_classes": 2, "max_length": 4, "padding_id": 2, "width": 30, "heads": 0},
+            "heads of transformer_encoder is 0 and width is 30.*to 1",
         ),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from scale_guide.tasks import Batch, copy_paste, image_classification, logits
+from scale_guide.tasks import Batch, copy_paste, image_classification, logits, parity
 
 build = image_classification.build
 
@@ -156,3 +156,50 @@ def test_copy_paste_scores_leave_out_zeros_and_unweighted_rows() -> None:
 def test_copy_paste_bad_options(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         copy_paste.build(**options)
+
+
+# --- parity
+
+
+def test_parity_sample_is_what_the_paper_describes() -> None:
+    task = parity.build(num_train=500)
+    assert task.facts == {"vocab_size": 3, "num_classes": 2, "max_length": 50, "padding_id": 2}
+    lengths, labels = set(), []
+    for i in range(500):
+        tokens, label, mask = (task.train[i][key].tolist() for key in ("input", "target", "mask"))
+        length = tokens.index(2) if 2 in tokens else 50
+        assert set(tokens[:length]) <= {0, 1}
+        assert tokens[length:] == [2] * (50 - length)
+        assert mask == [True] * length + [False] * (50 - length)
+        assert label == tokens[:length].count(1) % 2
+        lengths.add(length)
+        labels.append(label)
+    assert (min(lengths), max(lengths)) == (2, 50)
+    assert 0.4 < sum(labels) / 500 < 0.6
+
+
+def test_parity_scores_against_a_plain_loop() -> None:
+    task = parity.build(max_length=6)
+    batch = task.collate([task.train[i] for i in range(20)])
+    batch["weight"][::3] = 0
+    output = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
+    kept = [i for i in range(20) if i % 3]
+    losses = [float(output[i].logsumexp(0) - output[i, batch["target"][i]]) for i in kept]
+    right = [int(output[i].argmax()) == int(batch["target"][i]) for i in kept]
+    assert task.count(batch).item() == len(kept)
+    assert task.loss(output, batch).item() == pytest.approx(sum(losses), rel=1e-5)
+    expected = {"loss": sum(losses) / len(kept), "accuracy": sum(right) / len(kept)}
+    assert summarize(task, task.scores(output, batch)) == pytest.approx(expected)
+
+
+def test_parity_samples_follow_seed_split_and_index_alone() -> None:
+    first, longer, other = (parity.build(num_train=n, seed=s) for n, s in ((10, 0), (20, 0), (10, 1)))
+    assert all(torch.equal(first.train[i]["input"], longer.train[i]["input"]) for i in range(10))
+    assert not torch.equal(first.train[0]["input"], first.validation[0]["input"])
+    assert not torch.equal(first.train[0]["input"], other.train[0]["input"])
+    assert pickle.loads(pickle.dumps(first)).train[3]["input"].equal(first.train[3]["input"])
+
+
+def test_parity_bad_options() -> None:
+    with pytest.raises(ValueError, match=r"min_length is 9 and .*max_length is 8.*2 and 50"):
+        parity.build(min_length=9, max_length=8)

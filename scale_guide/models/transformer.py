@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from scale_guide.models import check_heads
+
 
 class CausalTransformer(nn.Module):
     """GPT-2 that takes tokens and returns logits. Its input embedding and its head have weights of their own."""
@@ -39,11 +41,7 @@ def build(
     Raises:
         ValueError: heads that do not divide the width.
     """
-    if heads < 1 or width % heads:
-        nearest = min((n for n in range(1, width + 1) if width % n == 0), key=lambda n: abs(n - heads))
-        raise ValueError(
-            f"heads of transformer is {heads} and width is {width}: heads must divide width; set heads to {nearest}"
-        )
+    check_heads("transformer", heads, width)
     config = GPT2Config(
         vocab_size=vocab_size,
         n_positions=max_length,
