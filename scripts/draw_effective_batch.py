@@ -66,8 +66,8 @@ def draw_scores(axes: Axes, runs: Sequence[Path]) -> None:
         points = [mean_and_error(scores(runs, size, way, "accuracy")) for size in SIZES]
         means, errors = zip(*points, strict=True)
         axes.errorbar(SIZES, means, yerr=errors, color=colour, marker="o", capsize=3, label=LABELS[way])
-    axes.set(title="validation accuracy after 200 steps", ylim=(0, None))
-    axes.legend(fontsize=8)
+    axes.set(title="validation accuracy after 200 steps", ylim=(0, 1.5 * axes.get_ylim()[1]))
+    axes.legend(fontsize=8, loc="upper left")
 
 
 def draw_floors(axes: Axes, runs: Sequence[Path]) -> None:
