@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import os
 import warnings
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from scale_guide import lookup
 from scale_guide.activations import Recorder
 from scale_guide.config import Recipe
 from scale_guide.data_order import SeededDataset
+from scale_guide.distillation import Distillation, check_outputs
 from scale_guide.guidance import Guidance
 from scale_guide.guide import Guide
+from scale_guide.guide_weights import load_weights
 from scale_guide.layer_map import LayerMap, trace, trace_layers
 from scale_guide.objective import Similarity
 from scale_guide.statistics import Plan, Storage, check_memory, make_plan
-from scale_guide.tasks import Task
+from scale_guide.tasks import Task, logits
 
 CALIBRATION_ROWS = 256
 CHECK_ROWS = 16
@@ -59,7 +58,7 @@ def build_guide(recipe: Recipe, task: Task, device: torch.device) -> Guide:
     """
     network = build_network("guide", recipe, task)
     if recipe.guide.weights is not None:
-        _load_weights(network, Path(recipe.guide.weights))
+        load_weights(network, recipe.guide.weights, recipe.guide.name)
     guide = Guide(
         network,
         dtype=recipe.guide.dtype,
@@ -75,15 +74,17 @@ def check_guide(guide: Guide, recipe: Recipe, task: Task, layers: LayerMap) -> N
     """Runs the guide once on the first samples, the same on every rank, before anything is trained.
 
     Raises:
-        ValueError: a mapped layer gives inf or NaN, as an untrained ResNet-101 does in fp16.
+        ValueError: a mapped layer, or with distillation the output, gives inf or NaN, as an untrained ResNet-101 does
+            in fp16.
     """
     names = list(dict.fromkeys(pair.guide for pair in layers.pairs))
     modules = [name.partition("#")[0] for name in names]
     recorder = Recorder(guide.model, modules, keep=names, overwritten=layers.overwritten[1])
     with recorder.record():
-        guide(_first_inputs(recipe, task, CHECK_ROWS))
+        output = guide(_first_inputs(recipe, task, CHECK_ROWS))
     recorder.close()
-    bad = guide.check_finite({name: activation.output for name, activation in recorder.take().items()})
+    found = {name: activation.output for name, activation in recorder.take().items()}
+    bad = guide.check_finite(found | ({"output": logits(output)} if recipe.guidance.distillation else {}))
     if bad is not None:
         raise guide.overflow(bad)
 
@@ -137,6 +138,30 @@ def build_guidance(
     )
 
 
+def build_distillation(recipe: Recipe, guide: Guide | None) -> Distillation | None:
+    """Returns the distillation of a recipe; None without one or without a guide."""
+    config = recipe.guidance
+    if guide is None or not config.distillation:
+        return None
+    return Distillation(guide, config.distillation, config.distillation_temperature)
+
+
+def check_distillation(recipe: Recipe, task: Task) -> None:
+    """Runs both networks once on meta tensors, if the recipe distils.
+
+    Raises:
+        ValueError: their outputs cannot be compared.
+    """
+    if not recipe.guidance.distillation:
+        return
+    batch = task.collate([task.train[0]] * 2)
+    inputs = batch["input"].to("meta")
+    with torch.device("meta"), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # as in trace_recipe
+        target, guide = (build_network(kind, recipe, task).eval()(inputs) for kind in ("target", "guide"))
+    check_outputs(target, guide, task.scored(batch))
+
+
 def _memory() -> int:
     """Returns the bytes of memory in which this process computes: its GPU's, or the machine's."""
     if torch.cuda.is_available():
@@ -150,27 +175,11 @@ def _first_inputs(recipe: Recipe, task: Task, num_rows: int) -> torch.Tensor:
     return task.collate([samples[0, i] for i in range(rows)])["input"]
 
 
-def _load_weights(network: nn.Module, path: Path) -> None:
-    file = path / "target" / "model.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(
-            f"guide.weights={str(path)!r}: {file} does not exist. Give a .safetensors file or a finished run."
-        )
-    try:
-        network.load_state_dict(load_file(file))
-    except SafetensorError as error:
-        raise ValueError(f"guide.weights={str(path)!r}: {file} is not a whole safetensors file ({error}).") from error
-    except RuntimeError as error:
-        raise ValueError(
-            f"guide.weights={str(path)!r} does not fit the guide {type(network).__name__}: {error}"
-        ) from error
-
-
 def trace_recipe(recipe: Recipe, task: Task, *, num_examples: int = 2) -> LayerMap:
     """Returns the layers of both networks and their pairs, traced on meta tensors: nothing is computed or allocated.
 
     Raises:
-        ValueError: unknown layers, no pairs, or unequal rows. With guidance.weight 0 the guide is not looked at.
+        ValueError: unknown layers, no pairs, or unequal rows. With guidance.weight 0 no pairs are made.
     """
     inputs = task.collate([task.train[0]] * num_examples)["input"].to("meta")
     guided = bool(recipe.guidance.weight)

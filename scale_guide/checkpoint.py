@@ -38,8 +38,9 @@ def identity(recipe: Recipe, engine: Engine, guide_hash: str | None) -> dict[str
     falls_to_the_end = recipe.guidance.schedule != "constant" and recipe.guidance.stop_after is None
     if recipe.optimizer.schedule == "cosine" or (recipe.guidance.weight and falls_to_the_end):
         parts["training"] |= {name: whole["training"][name] for name in ("epochs", "steps")}
-    if recipe.guidance.weight:
-        parts["guide"] = {k: v for k, v in whole["guide"].items() if k != "placement"}
+    if recipe.guidance.needs_guide:
+        # Of the weights the hash tells more than their place, which moves with the run folder.
+        parts["guide"] = {k: v for k, v in whole["guide"].items() if k not in ("placement", "weights")}
         parts["guidance"] = {k: v for k, v in whole["guidance"].items() if k != "layout"}
     else:
         parts["guidance"] = {"weight": recipe.guidance.weight}
@@ -195,10 +196,9 @@ class Checkpoints:
 
     def _failed(self, problem: str, partial: Path) -> bool:
         """Returns whether any rank met a problem; then removes what was written. Also a barrier. Collective."""
-        failed = self.engine.any(bool(problem))
-        if not failed:
-            return False
         problems = [p for p in self.engine.gather_list([problem]) if p]
+        if not problems:
+            return False
         if self.engine.is_main:
             shutil.rmtree(partial, ignore_errors=True)
             warnings.warn(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 WarmupInput = Literal["data", "noise", "released_noise"]
+GuideInput = Literal["data", "noise", "shuffled"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,15 @@ class GuideConfig:
     layers: str | list[str] = "weights"
     """Which outputs guide: weights | blocks | released | a list of names or globs."""
     weights: str | None = None
-    """Trained weights: a .safetensors file or the run folder of an earlier run. Empty: initialised only."""
+    """Trained weights: the name of an earlier variant of this recipe, whose target is the guide; the run folder of a
+    finished run; a .safetensors, .pt or .pth file; torchvision:NAME, such as torchvision:IMAGENET1K_V1 or
+    torchvision:DEFAULT, for a guide of torchvision.models; transformers:NAME, a name on the hub or a folder written
+    by save_pretrained, for a guide made of a model of transformers. Empty: initialised only."""
+    input: GuideInput = "data"
+    """What the guide reads in every step while the target reads the data: the same data; noise of the same shape and
+    padding (standard normal numbers, or for tokens uniform ones of the vocabulary), which differs from the noise of
+    a warm-up; or shuffled: the rows of its micro-batch in a random order that leaves no row in its place. Of two
+    padded rows the positions count where both have a token. Controls: what is left is not of the input."""
     seed: int = 0
     """Seed of the initialisation; its own, so that a guide is the same in every run."""
     dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
@@ -62,7 +71,8 @@ class GuidanceConfig:
     """How the target is pulled towards the guide: sum over layer pairs of weight * (1 - similarity)."""
 
     weight: float = 1.0
-    """Weight of the guidance loss beside the task loss; 0 trains the target alone and never builds the guide."""
+    """Weight of the guidance loss beside the task loss; 0 trains the target alone, and without distillation never
+    builds the guide."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How the weight changes from step to step: constant; or falling from `weight`, which it has up to the end of the
     warm-up, to zero at the end of the run or at stop_after, along a line or half a cosine."""
@@ -80,6 +90,14 @@ class GuidanceConfig:
     """What both networks read in the warm-up: the data; noise: standard normal numbers, or for tokens uniform ones of
     the vocabulary; released_noise: the authors' clamp(1.1 * normal, 0, 1), or the same tokens. Noise has the shape,
     padding and weights of the batch that it stands for; BatchNorm's running statistics follow it until data comes."""
+    warmup_noise_for: Literal["both", "guide"] = "both"
+    """Who reads the noise of the warm-up: both networks the same, or the guide alone while the target reads data."""
+    distillation: float = 0.0
+    """Weight of logit distillation beside the task loss, a control: T^2 KL(guide || target) between the softmaxes of
+    both networks' logits at temperature T, a mean over the scored terms like the task loss. 0: none. It goes with a
+    guidance.weight of 0 or more, starts after the warm-up, ends at stop_after, and does not follow `schedule`."""
+    distillation_temperature: float = 1.0
+    """T of the distillation: larger ones soften both distributions."""
     reset_optimizer: bool = False
     """Forget the optimizer's moments and step count at the end of the warm-up and where guidance stops. Without it
     Adam's averages of what the warm-up left out begin at zero, and its first updates there are several times too
@@ -108,6 +126,11 @@ class GuidanceConfig:
     guide_rows: Literal["auto", "keep", "recompute"] = "auto"
     """Exact accumulation by covariance reads the guide's rows in both passes: keep them for the second, or run the
     guide again (then memory does not grow with the number of micro-batches). auto keeps up to 256 MB."""
+
+    @property
+    def needs_guide(self) -> bool:
+        """Whether the guide has any part in the training."""
+        return bool(self.weight or self.distillation)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,9 @@ class Engine:
         check_engine(self.accelerator)
         self.deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        self._launch_config = copy.deepcopy(self._plugin_config) if self.deepspeed else {}
+        plugin = self.accelerator.state.deepspeed_plugin
+        self._config: dict[str, Any] = plugin.deepspeed_config if self.deepspeed else {}
+        self._launch_config = copy.deepcopy(self._config)
         self._clip_norm = 0.0
         self._model: Any = None
         self._optimizer: Any = None
@@ -95,12 +97,15 @@ class Engine:
             return f"ZeRO-{self._launch_config['zero_optimization']['stage']}"
         return "single" if self.accelerator.distributed_type == DistributedType.NO else "DDP"
 
-    @property
-    def _plugin_config(self) -> dict[str, Any]:
-        config: dict[str, Any] = self.accelerator.state.deepspeed_plugin.deepspeed_config
-        return config
-
     # Preparing
+
+    def build(self, make: Callable[[], nn.Module]) -> nn.Module:
+        """Returns make(), under ZeRO-3 sharded from the start: only rank 0 ever holds all of it. Collective."""
+        if self.name != "ZeRO-3":
+            return make()
+        from scale_guide.sharding import build_sharded  # imports DeepSpeed, which takes seconds
+
+        return build_sharded(make, self._launch_config, rank=self.rank, world_size=self.world_size, device=self.device)
 
     def prepare(
         self, target: nn.Module, optimizer: torch.optim.Optimizer, *, micro_batch_size: int, clip_norm: float = 0.0
@@ -124,8 +129,8 @@ class Engine:
                 world_size=self.world_size,
                 clip_norm=clip_norm,
             )
-            self._plugin_config.clear()
-            self._plugin_config.update(config)
+            self._config.clear()
+            self._config.update(config)
         with warnings.catch_warnings():
             # Its successor also takes the buffers from rank 0 at the start; torch <= 2.12 does not know it.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
@@ -212,10 +217,6 @@ class Engine:
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         total: Tensor = self.accelerator.reduce(tensor.detach().to(self.device, wide), reduction="sum")
         return total
-
-    def any(self, flag: bool) -> bool:
-        """Returns whether `flag` holds on any rank. Collective."""
-        return bool(self.sum(torch.tensor(float(flag))).item())
 
     def barrier(self) -> None:
         """Waits for every rank. Collective."""

@@ -132,14 +132,14 @@ class Guidance:
         with self._target.recorder.record():
             yield
 
-    def run_guide(self, inputs: Any) -> None:
-        """Runs the guide on inputs [B, ...] of this rank, without gradient. Call inside `record()`, first.
+    def run_guide(self, inputs: Any) -> Any:
+        """Returns the guide's output for inputs [B, ...] of this rank, without gradient. Call in `record()`, first.
 
         From the second step on (from the first with a `plan`) the statistics take what they need of the guide here,
         so its rows are dropped before the target runs; with one micro-batch a step this is collective.
         """
         with self._clock, self._guide.recorder.record():
-            self.guide(inputs)
+            output = self.guide(inputs)
         with self._clock, count_bytes() as sent:
             now = self._now
             now.guide = self._guide.take(weights=now.weights, mask=now.mask)
@@ -152,6 +152,7 @@ class Guidance:
             elif self.plan is not None:
                 (self._step or self._new_step(self.plan)).take_guide(now.guide)
         self._num_bytes += sent.num_bytes
+        return output
 
     def collect(self) -> None:
         """Adds the recorded micro-batch to the step's statistics. Local: no rank speaks to another, but for the first.

@@ -149,13 +149,18 @@ def call(build: Callable[..., Any], options: Mapping[str, Any], facts: Mapping[s
 def recipe_path(name: str) -> Path:
     """Returns the YAML file of a recipe: a path as it is, or the name of one shipped in scale_guide/recipes.
 
+    A shipped one goes by its path there, or by its file's name alone where no other has it.
+
     Raises:
         ValueError: neither a file nor a shipped recipe; the known names are listed and the closest is named.
     """
     if Path(name).is_file():
         return Path(name)
     folder = PACKAGE / "recipes"
-    known = {str(p.relative_to(folder).with_suffix("")): p for p in folder.rglob("*.yaml")}
+    files = sorted(folder.rglob("*.yaml"))
+    stems = [path.stem for path in files]
+    known = {str(path.relative_to(folder).with_suffix("")): path for path in files}
+    known |= {path.stem: path for path in files if stems.count(path.stem) == 1}
     if name not in known:
         raise unknown("--config: recipe", name, known)
     return known[name]

@@ -1,32 +1,100 @@
-"""Noise in place of a batch's input: what the target and the guide read when they are aligned before any data."""
+"""What the two networks read in a step: the data, noise in its place, or for the guide other rows of the batch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from scale_guide.config import WarmupInput
+from scale_guide.config import GuideInput, Recipe, WarmupInput
 from scale_guide.tasks import Batch, Task
 
-_STREAM = 1
-"""Keeps the noise of a micro-batch apart from its dropout masks, which are seeded by the same three numbers."""
+_WARMUP, _OF_GUIDE, _ORDER = 1, 2, 3
+"""Keep the draws for a micro-batch apart from each other, and from its dropout masks, which are seeded alike."""
 
 
-def check_noise(task: Task) -> None:
-    """Checks that noise can stand for the task's input.
+def check_inputs(recipe: Recipe, task: Task, micro_batch_size: int) -> None:
+    """Checks that the guide and the warm-up can read what the recipe says.
 
     Raises:
-        ValueError: the input is whole numbers, and the task does not say of how many.
+        ValueError: noise for an input of whole numbers without a vocabulary; rows to shuffle, but one at a time.
     """
+    if not recipe.guidance.needs_guide:
+        return
+    for field, kind in (("guidance.warmup_input", recipe.guidance.warmup_input), ("guide.input", recipe.guide.input)):
+        if kind in ("noise", "released_noise"):
+            _check_noise(field, task)
+    if recipe.guide.input == "shuffled" and micro_batch_size < 2:
+        raise ValueError(
+            "guide.input='shuffled' shuffles the rows of a micro-batch, and training.micro_batch_size is 1. Make it "
+            "at least 2."
+        )
+
+
+def _check_noise(field: str, task: Task) -> None:
     inputs = task.collate([task.train[0]])["input"]
     if not inputs.is_floating_point() and "vocab_size" not in task.facts:
         raise ValueError(
-            f"guidance.warmup_input: noise for an input of {inputs.dtype} is uniform over a vocabulary, but the facts "
-            "of the task have no vocab_size. Give the task that fact, or warm up on the data."
+            f"{field}: noise for an input of {inputs.dtype} is uniform over a vocabulary, but the facts of the task "
+            "have no vocab_size. Give the task that fact, or read the data."
         )
+
+
+def as_read(
+    micro_batches: Sequence[Batch],
+    task: Task,
+    *,
+    warmup: WarmupInput,
+    noise_for: Literal["both", "guide"],
+    guide_input: GuideInput,
+    seed: int,
+    step: int,
+    rank: int,
+    world_size: int,
+) -> list[Batch]:
+    """Returns a rank's micro-batches of a step as both networks read them.
+
+    `input` is the target's. Where the guide reads something else, that is `guide_input`, of the same shape; where it
+    reads other rows of padded sequences, `common_mask` [B, T] says which positions are real in both rows.
+
+    What is drawn follows (seed, step, number of the micro-batch within the global batch) alone: W processes x k
+    micro-batches read the same as 1 x (W k).
+    """
+    place = {"seed": seed, "step": step, "rank": rank, "world_size": world_size}
+    made = list(micro_batches)
+    if warmup != "data":
+        noisy = with_noise(micro_batches, warmup, task, **place)
+        made = noisy if noise_for == "both" else _for_guide(made, noisy)
+    if guide_input == "noise":
+        made = _for_guide(made, with_noise(micro_batches, "noise", task, stream=_OF_GUIDE, **place))
+    elif guide_input == "shuffled":
+        numbers = [j * world_size + rank for j in range(len(made))]
+        made = [_shuffled(b, _generator(seed, step, n, _ORDER)) for b, n in zip(made, numbers, strict=True)]
+    return made
+
+
+def _for_guide(micro_batches: Sequence[Batch], noisy: Sequence[Batch]) -> list[Batch]:
+    pairs = zip(micro_batches, noisy, strict=True)
+    return [batch | {"guide_input": noise["input"]} for batch, noise in pairs]
+
+
+def _shuffled(batch: Batch, generator: torch.Generator) -> Batch:
+    """Returns the batch with its rows in another order for the guide: one cycle through all that count.
+
+    A row of weight 0 is left in its place, where nobody looks at it.
+    """
+    inputs = batch.get("guide_input", batch["input"])
+    counting = batch["weight"].nonzero().flatten() if "weight" in batch else torch.arange(len(inputs))
+    cycle = counting[torch.randperm(len(counting), generator=generator)]
+    order = torch.arange(len(inputs))
+    order[cycle] = cycle.roll(1)
+    changed = batch | {"guide_input": inputs[order]}
+    if "mask" in batch:
+        changed["common_mask"] = batch["mask"] & batch["mask"][order]
+    return changed
 
 
 def with_noise(
@@ -38,22 +106,24 @@ def with_noise(
     step: int,
     rank: int,
     world_size: int,
+    stream: int = _WARMUP,
 ) -> list[Batch]:
     """Returns a rank's micro-batches of a step with noise for `input` [B, ...], everything else as it was.
 
     Floats: standard normal, or for `released_noise` clamp(1.1 * normal, 0, 1), as the authors released it. Whole
     numbers: uniform over task.facts["vocab_size"]. Where a `mask` [B, T] says padding, padding stays: the sequences
     keep the lengths of the data, for the models, which read lengths off the padding, and for the rows alike.
-
-    The noise follows (seed, step, number of the micro-batch within the global batch) alone: W processes x k
-    micro-batches read the same as 1 x (W k).
     """
     changed = []
     for j, batch in enumerate(micro_batches):
-        key = [seed % 2**64, step, j * world_size + rank, _STREAM]
-        generator = torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+        generator = _generator(seed, step, j * world_size + rank, stream)
         changed.append(batch | {"input": _draw(batch, kind, task, generator)})
     return changed
+
+
+def _generator(seed: int, step: int, number: int, stream: int) -> torch.Generator:
+    key = [seed % 2**64, step, number, stream]
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
 def _draw(batch: Batch, kind: WarmupInput, task: Task, generator: torch.Generator) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -12,12 +13,13 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from scale_guide import lookup
 from scale_guide.config import Recipe
+from scale_guide.guide_weights import weights_file
 
 
 class Option(NamedTuple):
-    """An option of one command beside the recipe's: its default (of type bool: a flag) and its --help."""
+    """An option of one command beside the recipe's: its default, whose type is its own (bool: a flag), and --help."""
 
-    default: int | bool
+    default: int | bool | str
     help: str
 
 
@@ -52,14 +54,21 @@ def make_parser(command: str) -> ArgumentParser:
     """Returns the parser of a command that takes a recipe."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog=f"scale-guide {command}", exit_on_error=False)
-    parser.add_argument("--config", action="config", help="Name of a shipped recipe, or a YAML file.")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="Name of a shipped recipe or flavour, or a YAML file. Several are read in their order: a later one "
+        "changes what it names, e.g. --config quickstart --config as_released. A mapping of free names in it "
+        "(options, variants) replaces the earlier one; `target.options.width: 64` sets one entry. Options on the "
+        "command line come last, wherever they stand.",
+    )
     parser.add_class_arguments(Recipe)
     return parser
 
 
 def read_recipe(
     command: str, arguments: Sequence[str], extra: Mapping[str, Option] | None = None
-) -> tuple[Recipe, dict[str, int]]:
+) -> tuple[Recipe, dict[str, Any]]:
     """Returns the recipe of a command line, and the values of the command's own options.
 
     Args:
@@ -73,7 +82,7 @@ def read_recipe(
     extra = dict(extra or {})
     given, configs, taken = list(arguments), [], set[int]()
     known = _names(Recipe) | dict.fromkeys([*extra, "config", "help", "print_config"], False)
-    default_dir = "runs/default"
+    stems: list[str] = []
     for i, word in enumerate(given):
         if not word.startswith("--"):
             continue
@@ -83,18 +92,29 @@ def read_recipe(
             following = given[i + 1] if i + 1 < len(given) else ""
             path = lookup.recipe_path(value or following)
             taken |= {i} if value else {i, i + 1}
-            configs.append(f"--config={path}")
-            default_dir = f"runs/{path.stem}"
-            _check_tree(_read_yaml(path), known, f"{path}: ")
+            stems.append(path.stem)
+            tree = _read_yaml(path)
+            _check_tree(tree, known, f"{path}: ")
+            configs += _as_arguments(path, tree)
     parser = make_parser(command)
     for name, option in extra.items():
-        kind: dict[str, Any] = {"action": "store_true"} if option.default is False else {"type": int}
+        kind: dict[str, Any] = {"action": "store_true"} if option.default is False else {"type": type(option.default)}
         parser.add_argument(f"--{name}", default=option.default, help=option.help, **kind)
     # First, wherever it stood: otherwise it would silently win over the options before it.
     values = _parse(parser, configs + [word for i, word in enumerate(given) if i not in taken])
-    chosen = {name: int(values.pop(name)) for name in extra}
+    chosen = {name: values.pop(name) for name in extra}
     recipe = _build(Recipe, values)
-    return dataclasses.replace(recipe, run_dir=recipe.run_dir or default_dir), chosen
+    return dataclasses.replace(recipe, run_dir=recipe.run_dir or f"runs/{'_'.join(stems) or 'default'}"), chosen
+
+
+def _as_arguments(path: Path, tree: Mapping[str, Any]) -> list[str]:
+    """Returns what a recipe's file says as arguments; a dotted name in it is the option of that name."""
+    dotted = {name: value for name, value in tree.items() if "." in name}
+    if not dotted:
+        return [f"--config={path}"]
+    nested = {name: value for name, value in tree.items() if name not in dotted}
+    found = [f"--config={yaml.safe_dump(nested, sort_keys=False)}"] if nested else []
+    return found + [f"--{n}={v if isinstance(v, str) else json.dumps(v)}" for n, v in dotted.items()]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -123,15 +143,27 @@ def _build(kind: type, values: Mapping[str, Any]) -> Any:
     return kind(**nested)
 
 
-def variants(recipe: Recipe) -> dict[str, Recipe]:
+def variants(recipe: Recipe, *, only: str = "") -> dict[str, Recipe]:
     """Returns the recipe of every variant by name, each with its own folder; {"": recipe} when there are none.
 
+    A guide.weights that names an earlier variant becomes that variant's folder.
+
+    Args:
+        recipe: May hold variants.
+        only: Names of the variants wanted, with commas between; empty: all.
+
     Raises:
-        ValueError: an override that names no option, or gives a value of the wrong type.
+        ValueError: an override that names no option, or gives a value of the wrong type; an unknown variant; or
+            guide.weights of a variant that does not come before.
     """
+    wanted = [name.strip() for name in only.split(",") if name.strip()]
+    for name in wanted:
+        if name not in recipe.variants:
+            raise lookup.unknown("--only: variant", name, recipe.variants)
     if not recipe.variants:
         return {"": recipe}
-    known, found = _names(Recipe), {}
+    known = _names(Recipe)
+    found: dict[str, Recipe] = {}
     for name, overrides in recipe.variants.items():
         values = dataclasses.asdict(recipe) | {"variants": {}, "run_dir": str(Path(recipe.run_dir) / name)}
         for option, value in overrides.items():
@@ -141,8 +173,47 @@ def variants(recipe: Recipe) -> dict[str, Recipe]:
             for part in path:
                 inner = inner[part]
             inner[last] = value
-        found[name] = _build(Recipe, _parse(make_parser("train"), values))
-    return found
+        variant = _build(Recipe, _parse(make_parser("train"), values))
+        found[name] = _with_weights(name, variant, found, recipe.variants)
+    return {name: variant for name, variant in found.items() if name in wanted or not wanted}
+
+
+def _with_weights(name: str, variant: Recipe, earlier: Mapping[str, Recipe], known: Mapping[str, Any]) -> Recipe:
+    """Returns the variant with guide.weights as a place, if it named an earlier variant."""
+    weights = variant.guide.weights
+    if weights is None or not variant.guidance.needs_guide:
+        return variant
+    if weights in earlier:
+        guide = dataclasses.replace(variant.guide, weights=earlier[weights].run_dir)
+        return dataclasses.replace(variant, guide=guide)
+    if weights in known:
+        raise ValueError(
+            f"variants.{name}: guide.weights={weights!r} is a variant that is not trained before {name!r}. Write "
+            f"{weights!r} above it in the recipe."
+        )
+    return variant
+
+
+def check_guide_weights(chosen: Mapping[str, Recipe], known: Mapping[str, Any]) -> None:
+    """Checks that the weights of every guide are there, or will be when it is built.
+
+    Args:
+        chosen: The variants to train, in their order.
+        known: All variants of the recipe.
+
+    Raises:
+        ValueError: weights that are nowhere.
+    """
+    trained: set[str] = set()
+    for variant in chosen.values():
+        weights = variant.guide.weights
+        if weights is not None and variant.guidance.needs_guide and weights not in trained:
+            try:
+                weights_file(weights)
+            except ValueError as error:
+                names = f"{', '.join(known) or 'none'}{lookup.closest(Path(weights).name, known)}"
+                raise ValueError(f"{error} Variants of this recipe: {names}.") from error
+        trained.add(variant.run_dir)
 
 
 def load_recipe(run_dir: Path) -> Recipe:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from scale_guide import tracking
-from scale_guide.build import build_guidance, plan_guidance
+from scale_guide.build import build_distillation, build_guidance, plan_guidance
 from scale_guide.checkpoint import Checkpoints, SaveError, identity, step_of
 from scale_guide.config import Recipe
 from scale_guide.data_order import TrainOrder, batch_sizes, steps_per_epoch
@@ -22,7 +22,7 @@ from scale_guide.guide import Guide
 from scale_guide.launch import check_compile
 from scale_guide.layer_map import LayerMap
 from scale_guide.loading import training_steps
-from scale_guide.noise import check_noise
+from scale_guide.noise import check_inputs
 from scale_guide.schedule import Schedule
 from scale_guide.tasks import Batch, Task
 from scale_guide.trainer import StepLog, count_steps, guided_step, make_optimizer, step_values
@@ -53,17 +53,13 @@ class Run:
         self.per_epoch = steps_per_epoch(len(task.train), training.batch_size)
         self.num_steps = count_steps(recipe, self.per_epoch)
         self.schedule = Schedule(recipe, self.num_steps, self.per_epoch)
-        if self.schedule.warmup(0) not in (None, "data"):
-            check_noise(task)
+        check_inputs(recipe, task, self.micro_batch_size)
         if training.compile:
             check_compile(engine.name, engine.device)
+        self.distillation = build_distillation(recipe, guide)
         self.guide_hash = guide.fingerprint() if guide is not None else None
-        self.checkpoints = Checkpoints(
-            run_dir,
-            engine,
-            keep=training.keep_checkpoints,
-            identity=identity(recipe, engine, self.guide_hash),
-        )
+        same = identity(recipe, engine, self.guide_hash)
+        self.checkpoints = Checkpoints(run_dir, engine, keep=training.keep_checkpoints, identity=same)
         self.unreadable: set[int] = set()
         self.warned = False
         self.seconds_before = 0.0
@@ -100,7 +96,7 @@ class Run:
         self.first_step = self.checkpoints.load(resumed) if resumed is not None else 0
         # After prepare (ZeRO-3 wraps outputs in hooks of its own) and before the first forward.
         self.guidance: Guidance | None = None
-        if self.guide is not None:
+        if self.guide is not None and recipe.guidance.weight:
             bare, k = engine.unwrap(self.target), self.num_micro_batches
             plan = plan_guidance(recipe, self.layers, self.task, num_processes=engine.world_size, num_micro_batches=k)
             self.guidance = build_guidance(recipe, self.layers, bare, self.guide, plan=plan, num_micro_batches=k)
@@ -151,8 +147,12 @@ class Run:
         finally:
             stop.close()
             self.engine.finish_trackers()
-            if self.guidance is not None:
-                self.guidance.close()
+            self._drop_guide()
+
+    def _drop_guide(self) -> None:
+        if self.guidance is not None:
+            self.guidance.close()
+        self.guidance = self.guide = self.distillation = None
 
     def _run(self, label: str, stop: tracking.StopSignal) -> dict[str, Any] | None:
         training = self.recipe.training
@@ -200,29 +200,33 @@ class Run:
         self.engine.set_learning_rate(schedule.learning_rate(step))
         if schedule.starts_anew(step):
             self.engine.reset_optimizer()
-        if self.guidance is None:
+        if self.guide is None:
             return
         if step and step == self.recipe.guidance.warmup_steps:
             progress.say(f"the warm-up ended with step {step}: the task loss joins in")
-        self.guidance.weight = schedule.guidance_weight(step)
+        if self.guidance is not None:
+            self.guidance.weight = schedule.guidance_weight(step)
         if schedule.guidance_is_over(step):
             progress.say(f"guidance ended with step {self.recipe.guidance.stop_after}: the target trains alone")
-            self.guidance.close()
-            self.guidance = self.guide = None
+            self._drop_guide()
 
     def _one_step(self, step: int, micro_batches: list[Batch], stop: tracking.StopSignal) -> StepLog:
         for batch in micro_batches:
             rows = batch.pop("index")[batch["weight"] == 0]
             self.unreadable.update(rows.tolist())
+        recipe = self.recipe
         return guided_step(
             micro_batches,
             target=self.target,
             task=self.task,
             engine=self.engine,
             guidance=self.guidance,
-            accumulation=self.recipe.guidance.accumulation,
+            distillation=self.distillation,
+            accumulation=recipe.guidance.accumulation,
             warmup=self.schedule.warmup(step),
-            seed=self.recipe.training.seed,
+            warmup_noise_for=recipe.guidance.warmup_noise_for,
+            guide_input=recipe.guide.input if self.guide is not None else "data",
+            seed=recipe.training.seed,
             step=step,
             stop=stop.requested,
         )
@@ -242,7 +246,7 @@ class Run:
             "seconds": self._seconds(),
         }
         self.folder.log(line)
-        names = ["task_loss", "guidance_loss", "similarity"]
+        names = ["task_loss", "guidance_loss", "distillation_loss", "similarity"]
         shown = {name: float(line[name]) for name in names if line.get(name) is not None}
         progress.show(done, line["rows_per_s"], shown)
         numbers = {name: float(value) for name, value in line.items() if isinstance(value, int | float)}

@@ -70,6 +70,7 @@ def _check_guidance(config: GuidanceConfig, num_steps: int) -> None:
     weight, warmup, stop = config.weight, config.warmup_steps, config.stop_after
     if not (math.isfinite(weight) and weight >= 0):
         raise ValueError(f"guidance.weight={weight} must be a finite number, 0 or more. Give one, 0 for no guidance.")
+    _check_distillation(config)
     if warmup < 0:
         raise ValueError(f"guidance.warmup_steps={warmup} must be 0 or more. Give 0 for no warm-up.")
     if stop is not None and stop < 1:
@@ -96,7 +97,23 @@ def _check_guidance(config: GuidanceConfig, num_steps: int) -> None:
         _check_options_in_use(config)
 
 
+def _check_distillation(config: GuidanceConfig) -> None:
+    weight, temperature = config.distillation, config.distillation_temperature
+    if not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(f"guidance.distillation={weight} must be a finite number, 0 or more. Give 0 for none.")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(
+            f"guidance.distillation_temperature={temperature} must be a finite number above 0. Give 1 to compare the "
+            "networks' own probabilities."
+        )
+
+
 def _check_options_in_use(config: GuidanceConfig) -> None:
+    if config.warmup_noise_for != "both" and config.warmup_input == "data":
+        raise ValueError(
+            f"guidance.warmup_noise_for={config.warmup_noise_for!r} has no effect with guidance.warmup_input='data'. "
+            "Give warmup_input noise or released_noise, or warmup_noise_for both."
+        )
     if config.warmup_input != "data" and not config.warmup_steps:
         raise ValueError(
             f"guidance.warmup_input={config.warmup_input!r} has no effect with guidance.warmup_steps=0. Give the "
@@ -113,7 +130,8 @@ def describe(config: GuidanceConfig) -> str:
     """Returns when the target is guided, in words, to follow "guided by ..."; "" for every step at the same weight."""
     parts = []
     if config.warmup_steps:
-        source = "" if config.warmup_input == "data" else " on noise"
+        who = "" if config.warmup_noise_for == "both" else " (the guide's alone)"
+        source = "" if config.warmup_input == "data" else f" on noise{who}"
         parts.append(f"{config.warmup_steps} steps of guidance alone{source} first")
     if config.schedule != "constant":
         parts.append(f"weight falling ({config.schedule}) from {config.weight:g} to 0")

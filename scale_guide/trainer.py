@@ -7,17 +7,18 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from scale_guide.config import OptimizerConfig, Recipe, WarmupInput
+from scale_guide.config import GuideInput, OptimizerConfig, Recipe, WarmupInput
+from scale_guide.distillation import Distillation
 from scale_guide.engine import Engine
 from scale_guide.guidance import Guidance
-from scale_guide.noise import with_noise
+from scale_guide.noise import as_read
 from scale_guide.objective import inject
 from scale_guide.tasks import Batch, Task
 
@@ -31,7 +32,9 @@ class StepLog:
     count: Tensor
     """Scored terms of the global batch, scalar."""
     guidance_loss: Tensor | None
-    """Weighted sum of 1 - similarity over the pairs, scalar; None without a guide."""
+    """Weighted sum of 1 - similarity over the pairs, scalar; None without guidance."""
+    distillation_sum: Tensor | None
+    """Weighted sum of the distillation loss over this rank's scored terms, scalar; None where there is none."""
     agreed: Callable[[], list[float]]
     """Sums over ranks of [scored terms, ranks asked to stop, unreadable rows]."""
 
@@ -43,38 +46,57 @@ def guided_step(
     task: Task,
     engine: Engine,
     guidance: Guidance | None = None,
+    distillation: Distillation | None = None,
     accumulation: str = "exact",
     warmup: WarmupInput | None = None,
+    warmup_noise_for: Literal["both", "guide"] = "both",
+    guide_input: GuideInput = "data",
     seed: int = 0,
     step: int = 0,
     stop: bool = False,
 ) -> StepLog:
     """Returns the losses of one optimizer step, having done it. Collective.
 
-    Every micro-batch's loss is W * (its task sum) / (global count) + guidance, so that after the engine's mean over
-    the W ranks the gradient is that of one graph over the global batch. With several micro-batches the guidance needs
-    two passes: the first, without gradients, gathers the statistics of all of them.
+    Every micro-batch's loss is W * (its task sum + its distillation sum) / (global count) + guidance, so that after
+    the engine's mean over the W ranks the gradient is that of one graph over the global batch. With several
+    micro-batches the guidance needs two passes: the first, without gradients, gathers the statistics of all of them.
 
     Args:
         micro_batches: This rank's k micro-batches, on the host.
         target: The prepared network.
         task: Gives sums and counts.
         engine: The target's engine.
-        guidance: Registered on the unwrapped target; None trains the target alone.
+        guidance: Registered on the unwrapped target; None: no representations are compared.
+        distillation: What pulls the output; None: nothing. It rests in the warm-up.
         accumulation: exact, or per_micro_batch: the mean over micro-batches of each one's own guidance loss.
         warmup: The step minimises the guidance loss alone, on data (the task's is only looked at) or on noise.
-        seed: Of dropout and noise.
-        step: Index of this step, for dropout and noise.
+        warmup_noise_for: Who reads that noise.
+        guide_input: What the guide reads beside the target's data.
+        seed: Of dropout, noise and order.
+        step: Index of this step, for the same.
         stop: Whether this rank was asked to stop; all ranks learn of it through `agreed`.
     """
     assert guidance is not None or warmup is None, "a warm-up minimises the guidance loss"
     k = len(micro_batches)
     totals = _agree(micro_batches, task, engine, stop)
     agreed, count = _later(totals), totals[0].clamp_min(1)
-    if warmup is not None and warmup != "data":
-        place = {"seed": seed, "step": step, "rank": engine.rank, "world_size": engine.world_size}
-        micro_batches = with_noise(micro_batches, warmup, task, **place)
-    forward = partial(_forward, target=target, engine=engine, guidance=guidance, seed=seed, step=step)
+    micro_batches = as_read(
+        micro_batches,
+        task,
+        warmup=warmup or "data",
+        noise_for=warmup_noise_for,
+        guide_input=guide_input,
+        seed=seed,
+        step=step,
+        rank=engine.rank,
+        world_size=engine.world_size,
+    )
+    if warmup is not None:
+        distillation = None
+    forward = partial(
+        _forward, target=target, engine=engine, guidance=guidance, distillation=distillation, seed=seed, step=step
+    )
+    looked_at = warmup in (None, "data") or warmup_noise_for == "guide"
     two_passes = guidance is not None and k > 1 and accumulation == "exact"
     if guidance is not None and two_passes:
         with torch.no_grad(), batch_norm_paused(engine.unwrap(target)):
@@ -84,37 +106,41 @@ def guided_step(
         guidance.reduce()
     # The Gram layouts have all they need of the guide after the first pass.
     guide_too = not two_passes or (guidance is not None and guidance.needs_guide_again)
-    task_sums, guidance_parts = [], []
+    sums: dict[str, list[Tensor]] = {"task": [], "pull": [], "guidance": []}
     for j, host_batch in enumerate(micro_batches):
         batch = engine.to_device(host_batch)
         with engine.micro_batch(last=j == k - 1):
-            output = forward(batch, j, guide_too=guide_too)
-            task_sum = _task_sum(output, batch, task, warmup)
+            output, guide_output = forward(batch, j, guide_too=guide_too)
+            task_sum = _task_sum(output, batch, task, learns=warmup is None) if looked_at else None
+            pull = None if distillation is None else distillation.loss(output, guide_output, task.scored(batch))
             part = None if guidance is None else guidance.loss() / (1 if two_passes else k)
-            engine.backward(_joined(output, task_sum, part, engine.world_size / count, warmup))
-        task_sums += [] if task_sum is None else [task_sum.detach().to(count)]
-        guidance_parts += [] if part is None else [part.detach().to(count)]
+            engine.backward(_joined(output, task_sum, pull, part, engine.world_size / count, warmup))
+        for name, value in (("task", task_sum), ("pull", pull), ("guidance", part)):
+            sums[name] += [] if value is None else [value.detach().to(count)]
     engine.step()
-    return StepLog(_sum(task_sums), count, _sum(guidance_parts), agreed)
+    return StepLog(_sum(sums["task"]), count, _sum(sums["guidance"]), _sum(sums["pull"]), agreed)
 
 
-def _task_sum(output: Any, batch: Batch, task: Task, warmup: WarmupInput | None) -> Tensor | None:
-    """Returns the task loss of a micro-batch, only looked at in a warm-up on data; None on noise."""
-    if warmup not in (None, "data"):
-        return None
-    with torch.set_grad_enabled(warmup is None):
+def _task_sum(output: Any, batch: Batch, task: Task, *, learns: bool) -> Tensor:
+    """Returns the task loss of a micro-batch, only looked at in a warm-up."""
+    with torch.set_grad_enabled(learns):
         return task.loss(output, batch)
 
 
 def _joined(
-    output: Any, task_sum: Tensor | None, part: Tensor | None, scale: Tensor, warmup: WarmupInput | None
+    output: Any,
+    task_sum: Tensor | None,
+    pull: Tensor | None,
+    part: Tensor | None,
+    scale: Tensor,
+    warmup: WarmupInput | None,
 ) -> Tensor:
-    """Returns the loss of a micro-batch: the task's times `scale` and the guidance's; in a warm-up that alone."""
+    """Returns the loss of a micro-batch: task and pull times `scale`, and guidance; in a warm-up that alone."""
     if warmup is not None:
         assert part is not None, "a warm-up minimises the guidance loss"
         return _reaching(output, part)
     assert task_sum is not None, "only noise has no task loss"
-    loss = task_sum * scale.to(task_sum.dtype)
+    loss = (task_sum if pull is None else task_sum + pull) * scale.to(task_sum.dtype)
     return loss if part is None else loss + part
 
 
@@ -176,26 +202,34 @@ def _forward(
     target: nn.Module,
     engine: Engine,
     guidance: Guidance | None,
+    distillation: Distillation | None,
     seed: int,
     step: int,
     guide_too: bool = True,
-) -> Any:
-    """Returns the target's output, the guide having run first; both passes over micro-batch j draw the same masks."""
+) -> tuple[Any, Any]:
+    """Returns the target's output and the guide's, which has run first if it is needed (else None).
+
+    Both passes over micro-batch j draw the same masks. Without `guide_too` the guidance needs no guide.
+    """
     # By the number of the micro-batch within the global batch: the same masks for W x k as for 1 x (W k).
     state = np.random.SeedSequence([seed % 2**64, step, j * engine.world_size + engine.rank]).generate_state(1)
     torch.manual_seed(int(state[0]))
+    inputs = batch.get("guide_input", batch["input"])
+    if guidance is None or not guide_too:
+        guide_output = None if distillation is None else distillation.guide(inputs)
     if guidance is None:
-        return engine.forward(target, batch["input"])
-    with guidance.record(weights=batch.get("weight"), mask=batch.get("mask")):
+        return engine.forward(target, batch["input"]), guide_output
+    with guidance.record(weights=batch.get("weight"), mask=batch.get("common_mask", batch.get("mask"))):
         if guide_too:
-            guidance.run_guide(batch["input"])
-        return engine.forward(target, batch["input"])
+            guide_output = guidance.run_guide(inputs)
+        return engine.forward(target, batch["input"]), guide_output
 
 
 def step_values(log: StepLog, engine: Engine, guidance: Guidance | None) -> dict[str, Any]:
     """Returns what a step says of itself, by its names in metrics.jsonl. Collective.
 
-    task_loss is the mean over scored terms, None where it was not computed (a warm-up on noise).
+    task_loss is the mean over scored terms, None where it was not computed (a warm-up on noise); distillation_loss,
+    where there is one, is the same mean with its weight.
     """
     values: dict[str, Any] = {"task_loss": None}
     if log.task_sum is not None:
@@ -212,6 +246,8 @@ def step_values(log: StepLog, engine: Engine, guidance: Guidance | None) -> dict
             "guidance_seconds": last["seconds"],
             "guidance_bytes": last["bytes"],
         }
+    if log.distillation_sum is not None:
+        values["distillation_loss"] = engine.sum(log.distillation_sum).item() / log.count.item()
     if engine.step_was_skipped:
         values["skipped"] = "fp16 gradients overflowed"
     return values

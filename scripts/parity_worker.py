@@ -109,7 +109,7 @@ def measure(
     recipe: Recipe, task: Task, engine: WatchedEngine, *, layout: Any, k: int, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Returns the losses and final tensors of one training, and what was seen on the way. Collective."""
-    target = build_network("target", recipe, task).to(dtype)
+    target = engine.build(lambda: build_network("target", recipe, task).to(dtype))
     with engine.building_whole():
         guide = build_network("guide", recipe, task).to(dtype)
     prepared = engine.prepare(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
 import pickle
+import shutil
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator
 from datetime import timedelta
@@ -21,6 +24,10 @@ import torch.distributed as dist
 # DeepSpeed compiles a small extension at its first start; in a cache shared by two virtual environments they would
 # take turns in compiling it anew.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+# Tokenised text and tables of the tests' own data: nothing that a later session would find again.
+if "HF_DATASETS_CACHE" not in os.environ:
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 MAX_PROCESSES = 4
 TIMEOUT_S = 120
 

@@ -1,8 +1,8 @@
 """Runs inside `accelerate launch` (see test_train.py): whole, interrupted and resumed runs under one engine.
 
-Usage: accelerate launch --config_file ... tests/launched.py OUT RECIPE OPTION...
+Usage: accelerate launch --config_file ... tests/launched.py OUT RECIPE OPTION... and OPTION...
 
-The options are those of two further runs, whose steps are not all alike.
+The options before `and` are those of two further runs, whose steps are not all alike; those after it of one more.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def full_disk_on_one_rank() -> dict[str, Any]:
     return {"left": left, "warnings": [str(w.message) for w in caught]}
 
 
-PHASES = sys.argv[3:]
+cut = sys.argv.index("and")
+PHASES, CONTROLS = sys.argv[3:cut], sys.argv[cut + 1 :]
+go("controls", *CONTROLS)
 go("phases", *PHASES)
 phases = [go("phases_cut", *PHASES, term_at=step) for step in (0, 5, None)]
 go("whole")

@@ -274,9 +274,9 @@ def test_a_guide_that_leaves_fp16_is_refused_before_training(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda file: file.unlink(), "does not exist. Give a .safetensors file or a finished run"),
-        (lambda file: file.write_bytes(file.read_bytes()[:100]), "is not a whole safetensors file"),
-        (lambda file: None, "does not fit the guide"),
+        (lambda file: file.unlink(), "weights.safetensors does not exist. Give a .safetensors, .pt or .pth file"),
+        (lambda file: file.write_bytes(file.read_bytes()[:100]), "is not a whole file of weights"),
+        (lambda file: None, "fit the guide FCN in 20 tensors: hidden.1.linear.weight is [16, 16], the guide's ["),
     ],
 )
 def test_weights_that_do_not_fit(

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from scale_guide.tasks import language_modeling
-from scale_guide.tasks._text import Lines, WordTokenizer, load_tokenizer
+from scale_guide.tasks._corpus import Lines
+from scale_guide.tasks._tokenizers import WordTokenizer, load_tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 TRAIN = " the cat sat\n\n on the mat\nthe end\n"  # 8 words, 4 line ends
@@ -35,20 +36,21 @@ def folder(tmp_path: Path) -> Path:
 @needs("wikitext-2")
 def test_wikitext_2_has_the_known_numbers_of_words() -> None:
     task = build(data=str(SHARED / "wikitext-2"), context_length=35)
-    assert (len(task.train.ids), len(task.validation.ids)) == (2_088_628, 217_646)
+    assert (len(task.train.tokens.ids), len(task.validation.tokens.ids)) == (2_088_628, 217_646)
     assert task.facts == {"vocab_size": 33_278, "max_length": 35}
     tokenizer = WordTokenizer(Lines([SHARED / "wikitext-2" / "train.txt"]), None)
-    assert len(tokenizer.encode(Lines([SHARED / "wikitext-2" / "test.txt"])).ids) == 245_569
+    ids, words = tokenizer.encode(list(Lines([SHARED / "wikitext-2" / "test.txt"])))
+    assert len(ids) == words.sum() == 245_569
 
 
 @needs("wikitext-2", "gpt2-tokenizer")
 def test_gpt2_tokens_of_real_text_count_the_same_words() -> None:
     tokenizer = load_tokenizer(str(SHARED / "gpt2-tokenizer"))
     assert tokenizer.vocab_size == 50_257
-    tokens = tokenizer.encode(Lines([SHARED / "wikitext-2" / "valid.txt"]))
-    assert tokens.words_before[-1] == 217_646
-    assert len(tokens.ids) > 1.1 * 217_646
-    text = "".join(map(tokenizer.tokenizer.id_to_token, tokens.ids[:40].tolist()))
+    ids, words = tokenizer.encode(list(Lines([SHARED / "wikitext-2" / "valid.txt"])))
+    assert words.sum() == 217_646
+    assert len(ids) == len(words) > 1.1 * 217_646
+    text = "".join(map(tokenizer.tokenizer.id_to_token, ids[:40].tolist()))
     assert text.replace("Ġ", " ").replace("Ċ", "\n").startswith(" \n = Homarus gammarus = \n \n Homarus")
 
 
@@ -57,23 +59,23 @@ def test_word_vocabulary_is_by_frequency_with_line_ends(folder: Path) -> None:
     words = ["<eos>", "<unk>", "the", "cat", "sat", "on", "mat", "end"]
     assert task.facts == {"vocab_size": len(words), "max_length": 4}
     text = ["the", "cat", "sat", "<eos>", "<eos>", "on", "the", "mat", "<eos>", "the", "end", "<eos>"]
-    assert task.train.ids.tolist() == [words.index(word) for word in text]
+    assert task.train.tokens.ids.tolist() == [words.index(word) for word in text]
     unseen = ["the", "<unk>", "sat", "<eos>", "on", "the", "mat", "<eos>"]
-    assert task.validation.ids.tolist() == [words.index(word) for word in unseen]
+    assert task.validation.tokens.ids.tolist() == [words.index(word) for word in unseen]
 
 
 def test_word_vocabulary_may_be_cut(folder: Path) -> None:
     task = build(data=str(folder), vocab_size=4, context_length=4)
     assert task.facts["vocab_size"] == 4
-    assert task.train.ids.tolist() == [2, 3, 1, 0, 0, 1, 2, 1, 0, 2, 1, 0]
+    assert task.train.tokens.ids.tolist() == [2, 3, 1, 0, 0, 1, 2, 1, 0, 2, 1, 0]
 
 
 def test_contexts_predict_each_token_once(folder: Path) -> None:
     task = build(data=str(folder), context_length=4)
     assert len(task.train) == 2  # 12 tokens: 11 targets, of which 8 fill contexts
     samples = [task.train[i] for i in range(2)]
-    assert torch.cat([s["input"] for s in samples]).tolist() == task.train.ids[:8].tolist()
-    assert torch.cat([s["target"] for s in samples]).tolist() == task.train.ids[1:9].tolist()
+    assert torch.cat([s["input"] for s in samples]).tolist() == task.train.tokens.ids[:8].tolist()
+    assert torch.cat([s["target"] for s in samples]).tolist() == task.train.tokens.ids[1:9].tolist()
     assert all(s["input"].dtype == s["target"].dtype == torch.int64 for s in samples)
     assert [int(s["words"]) for s in samples] == [4, 4]
     assert len(list(iter(task.train))) == 2
@@ -93,13 +95,13 @@ def write_byte_tokenizer(folder: Path) -> Path:
 
 def test_words_of_subword_tokens_are_counted_by_their_first_token(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(write_byte_tokenizer(tmp_path / "bpe")))
-    tokens = tokenizer.encode([" the cat\u00e9", "", "\u65e5\u672c  the"])
-    pieces = [tokenizer.tokenizer.id_to_token(i) for i in tokens.ids.tolist()]
+    ids, words = tokenizer.encode([" the cat\u00e9", "", "\u65e5\u672c  the"])
+    pieces = [tokenizer.tokenizer.id_to_token(i) for i in ids.tolist()]
     line_1 = ["Ġthe", "Ġ", "c", "a", "t", "Ã", "©", "Ċ"]
     line_3 = ["æ", "Ĺ", "¥", "æ", "ľ", "¬", "Ġ", "Ġthe", "Ċ"]  # three bytes a character, all with the same offsets
     assert pieces == [*line_1, "Ċ", *line_3]
     words_1, words_3 = [1, 0, 1, 0, 0, 0, 0, 1], [1, 0, 0, 0, 0, 0, 0, 1, 1]
-    assert tokens.words_before.diff().tolist() == [*words_1, 1, *words_3]
+    assert words.tolist() == [*words_1, 1, *words_3]
 
 
 def test_word_pieces_count_no_line_ends_and_every_word(tmp_path: Path) -> None:
@@ -110,9 +112,28 @@ def test_word_pieces_count_no_line_ends_and_every_word(tmp_path: Path) -> None:
     backend.enable_truncation(2)
     PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]").save_pretrained(tmp_path / "bert")
     tokenizer = load_tokenizer(str(tmp_path / "bert"))
-    tokens = tokenizer.encode(["The cats dogs sat", "", "sat."])
-    assert tokens.ids.tolist() == [1, 2, 3, 0, 4, 4, 0]
-    assert tokens.words_before.diff().tolist() == [1, 1, 0, 1, 1, 1, 0]
+    ids, words = tokenizer.encode(["The cats dogs sat", "", "sat."])
+    assert ids.tolist() == [1, 2, 3, 0, 4, 4, 0]
+    assert words.tolist() == [1, 1, 0, 1, 1, 1, 0]
+
+
+@needs("wikitext-2")
+def test_word_pieces_of_real_text_count_its_words(tmp_path: Path) -> None:
+    """Word pieces as the paper's (bert-base-cased), learned from the text itself; they have none for a line end."""
+    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=False)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    lines = list(Lines([SHARED / "wikitext-2" / "valid.txt"]))
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=3_000, special_tokens=special, show_progress=False)
+    backend.train_from_iterator(lines, trainer)
+    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]").save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    ids, words = tokenizer.encode(lines)
+    assert tokenizer.vocab_size == 3_000
+    assert words.sum() == sum(len(line.split()) for line in lines) == 217_646 - len(lines)
+    assert not {2, 3} & set(ids.tolist())  # no [CLS], no [SEP]
 
 
 def test_scores_per_token_and_per_word(tmp_path: Path, folder: Path) -> None:
@@ -123,8 +144,8 @@ def test_scores_per_token_and_per_word(tmp_path: Path, folder: Path) -> None:
     assert task.count(batch) == nll.numel()
     assert task.loss(output, batch).item() == pytest.approx(nll.sum().item(), rel=1e-5)
     # " the cat sat\n" ..: the first token, of the first word, is never a target; the last ones fill no context.
-    words = task.train.words.sum().item()
-    text = task.train.ids[1 : 5 * len(task.train) + 1].tolist()
+    words = batch["words"].sum().item()
+    text = task.train.tokens.ids[1 : 5 * len(task.train) + 1].tolist()
     tokenizer = load_tokenizer(str(tmp_path / "bpe")).tokenizer
     decoded = "".join(tokenizer.id_to_token(i) for i in text).replace("Ġ", " ").replace("Ċ", " \n ")
     assert words == len(decoded.replace("\n", "<eos>").split())
@@ -135,7 +156,7 @@ def test_scores_per_token_and_per_word(tmp_path: Path, folder: Path) -> None:
     batch["weight"][0] = 0
     rest = task.scores(output, batch)
     assert rest["tokens"] == nll[1:].numel()
-    assert rest["words"] == task.train.words[1:].sum()
+    assert rest["words"] == batch["words"][1:].sum()
     assert rest["loss"].item() == pytest.approx(nll[1:].sum().item(), rel=1e-5)
     assert task.loss(output, batch).item() == pytest.approx(nll[1:].sum().item(), rel=1e-5)
 
@@ -159,24 +180,24 @@ def test_files_are_found_by_the_words_of_their_names(tmp_path: Path, names: tupl
         (tmp_path / name).write_text(text)
     (tmp_path / "README.txt").write_text("constrained by validity\n")
     task = build(data=str(tmp_path), context_length=3)
-    assert (len(task.train.ids), len(task.validation.ids)) == (12, 4)
+    assert (len(task.train.tokens.ids), len(task.validation.tokens.ids)) == (12, 4)
 
 
 def test_validation_is_preferred_to_test_and_files_of_a_split_are_joined(folder: Path) -> None:
     (folder / "test.txt").write_text("mat\n" * 50)
     (folder / "train.part2.txt").write_text("\ufeffthe cat")  # a byte-order mark, and no line end
     task = build(data=str(folder), context_length=3)
-    assert len(task.validation.ids) == 8
-    assert task.train.ids.tolist()[:3] == [2, 3, 0]
-    assert len(task.train.ids) == 15
+    assert len(task.validation.tokens.ids) == 8
+    assert task.train.tokens.ids.tolist()[:3] == [2, 3, 0]
+    assert len(task.train.tokens.ids) == 15
 
 
 def test_last_tenth_of_a_single_file_is_held_out(tmp_path: Path) -> None:
     file = tmp_path / "book.txt"
     file.write_text("".join(f"w{i} x y z\n" for i in range(20)))
     task = build(data=str(file), context_length=4)
-    assert (len(task.train.ids), len(task.validation.ids)) == (18 * 5, 2 * 5)
-    assert task.validation.ids.tolist()[0] == 1  # w18 was never read in training
+    assert (len(task.train.tokens.ids), len(task.validation.tokens.ids)) == (18 * 5, 2 * 5)
+    assert task.validation.tokens.ids.tolist()[0] == 1  # w18 was never read in training
 
 
 def test_text_that_cannot_be_used(tmp_path: Path, folder: Path) -> None:

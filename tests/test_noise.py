@@ -7,7 +7,8 @@ import torch
 import toy
 from torch import Tensor
 
-from scale_guide.noise import check_noise, with_noise
+from scale_guide.config import GuideConfig, Recipe
+from scale_guide.noise import check_inputs, with_noise
 from scale_guide.tasks import copy_paste
 
 
@@ -48,7 +49,9 @@ def test_noise_of_tokens_keeps_lengths() -> None:
     assert set(tokens[mask].tolist()) == set(range(13))
     assert torch.equal(tokens[~mask], batch["input"][~mask])
     assert not torch.equal(tokens[mask], batch["input"][mask])
-    check_noise(task)
+    recipe = Recipe(guide=GuideConfig(input="noise"))
+    check_inputs(recipe, task, 8)
     del task.facts["vocab_size"]
-    with pytest.raises(ValueError, match="no vocab_size"):
-        check_noise(task)
+    with pytest.raises(ValueError, match=r"guide\.input: noise .* no vocab_size"):
+        check_inputs(recipe, task, 8)
+    check_inputs(Recipe(), task, 8)

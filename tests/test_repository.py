@@ -21,14 +21,14 @@ MAX_LINES = 300
 # From the bottom up: a module imports from its own layer and from those before it.
 LAYERS = [
     {"config", "disk", "lookup", "rows", "stopwatch"},
-    {"statistics", "similarity", "models", "tasks", "activations", "guide"},
+    {"statistics", "similarity", "models", "tasks", "activations", "guide", "guide_weights"},
     {"layer_weights"},
-    {"objective", "layer_map", "data_order", "schedule", "noise"},
+    {"objective", "layer_map", "data_order", "schedule", "noise", "distillation"},
     {"layer_rows"},
     {"step"},
     {"guidance"},
     {"recipe", "build"},
-    {"tracking", "launch"},
+    {"tracking", "launch", "sharding"},
     {"engine", "loading"},
     {"checkpoint", "evaluate"},
     {"trainer", "analysis"},

@@ -38,7 +38,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 PHASES = [
     *("--training.steps=8", "--optimizer.weight_decay=0.01", "--guidance.warmup_steps=3"),
     *("--guidance.warmup_input=noise", "--guidance.schedule=linear", "--guidance.stop_after=5"),
-    "--guidance.reset_optimizer=true",
+    *("--guidance.reset_optimizer=true", "--guide.input=noise"),
+]
+# A guide of shuffled rows, and its logits beside its representations.
+CONTROLS = [
+    *("--guide.input=shuffled", "--guidance.distillation=0.5", "--guidance.distillation_temperature=2"),
+    "--training.steps=3",
 ]
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2")]
 
@@ -46,7 +51,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2"
 @pytest.mark.parametrize("launch", ["cpu", *SLOW, "zero3"])
 def test_resumed_equals_uninterrupted(launch: str, tiny: Path, tmp_path: Path) -> None:
     """Two processes, two micro-batches each: SIGTERM on one rank stops both cleanly, and the same command goes on."""
-    finish(start(launch, "tests/launched.py", str(tmp_path), str(tiny), *PHASES))
+    finish(start(launch, "tests/launched.py", str(tmp_path), str(tiny), *PHASES, "and", *CONTROLS))
     facts = json.loads((tmp_path / "facts.json").read_text())
     assert facts["engine"] == {"cpu": "DDP"}.get(launch, launch.replace("zero", "ZeRO-")), "the launch file was obeyed"
     assert facts["world_size"] == 2
@@ -69,6 +74,7 @@ def test_resumed_equals_uninterrupted(launch: str, tiny: Path, tmp_path: Path) -
         assert any("step_00000004 could not be written" in text for text in facts["full_disk"]["warnings"])
     _check_against_one_process(tiny, tmp_path, "whole")
     _check_against_one_process(tiny, tmp_path, "phases", *PHASES)
+    _check_against_one_process(tiny, tmp_path, "controls", *CONTROLS)
 
 
 def _check_against_one_process(tiny: Path, tmp_path: Path, name: str, *options: str) -> None:
@@ -77,7 +83,7 @@ def _check_against_one_process(tiny: Path, tmp_path: Path, name: str, *options: 
     assert main(["train", "--config", str(tiny), "--run_dir", str(one), "--training.num_workers=0", *options]) == 0
     lines = [[line for line in read_metrics(run) if "task_loss" in line] for run in (one, many)]
     for a, b in zip(*lines, strict=True):
-        for loss in ("task_loss", "guidance_loss"):
+        for loss in ("task_loss", "guidance_loss", "distillation_loss"):
             assert (a.get(loss) is None) == (b.get(loss) is None)
             assert (a.get(loss) or 0) == pytest.approx(b.get(loss) or 0, rel=1e-4)
     ours, theirs = (load_file(run / "target/model.safetensors") for run in (one, many))

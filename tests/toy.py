@@ -45,8 +45,11 @@ class Task:
     def sample_name(self, index: int) -> str:
         return f"row {index}"
 
+    def scored(self, batch: Sample) -> Tensor:
+        return batch["weight"]
+
     def count(self, batch: Sample) -> Tensor:
-        return batch["weight"].double().sum()
+        return self.scored(batch).double().sum()
 
     def loss(self, output: Tensor, batch: Sample) -> Tensor:
         losses = functional.cross_entropy(output.float(), batch["target"], reduction="none")

@@ -6,20 +6,30 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scale_guide.analysis import report
-from scale_guide.build import build_guide, build_network, build_task, check_guide, trace_recipe
+from scale_guide.build import (
+    build_guide,
+    build_network,
+    build_task,
+    check_distillation,
+    check_guide,
+    trace_recipe,
+)
 from scale_guide.commands import user_errors
 from scale_guide.config import Recipe
 from scale_guide.engine import Engine
-from scale_guide.recipe import read_recipe, variants
+from scale_guide.recipe import Option, check_guide_weights, read_recipe, variants
 from scale_guide.run import Run
 from scale_guide.schedule import describe
+
+ONLY = Option("", "Train these variants alone, in the recipe's order: names with commas between. Empty: all of them.")
 
 
 def main(arguments: Sequence[str]) -> int:
     """Trains; returns 0, also when asked to stop (the state is then saved)."""
     with user_errors():
-        recipe, _ = read_recipe("train", arguments)
-        recipes = variants(recipe)
+        recipe, chosen = read_recipe("train", arguments, {"only": ONLY})
+        recipes = variants(recipe, only=chosen["only"])
+        check_guide_weights(recipes, recipe.variants)
         engine = Engine(timeout_s=recipe.training.timeout_s, trackers=recipe.trackers, logging_dir=recipe.run_dir)
     done: dict[str, Path] = {}
     for name, variant in recipes.items():
@@ -58,12 +68,13 @@ def set_up(recipe: Recipe, engine: Engine) -> Run:
     """
     task = build_task(recipe)
     layers = trace_recipe(recipe, task)
-    target = build_network("target", recipe, task)
+    check_distillation(recipe, task)
     guide = None
-    if recipe.guidance.weight:
+    if recipe.guidance.needs_guide:
         with engine.building_whole():
             guide = build_guide(recipe, task, engine.device)
             check_guide(guide, recipe, task, layers)
+    target = engine.build(lambda: build_network("target", recipe, task))
     return Run(recipe, task=task, target=target, guide=guide, layers=layers, engine=engine)
 
 
@@ -71,7 +82,10 @@ def _describe(run: Run) -> str:
     recipe, engine = run.recipe, run.engine
     guided = "unguided"
     if run.guide is not None:
-        guided = f"guided by {recipe.guide.name} in {len(run.layers.pairs)} pairs{describe(recipe.guidance)}"
+        how = [f"guided by {recipe.guide.name} in {len(run.layers.pairs)} pairs"] * bool(recipe.guidance.weight)
+        how += [f"distilled from {recipe.guide.name}'s logits"] * bool(recipe.guidance.distillation)
+        fed = {"data": "", "noise": ", fed noise", "shuffled": ", fed shuffled rows"}[recipe.guide.input]
+        guided = " and ".join(how) + fed + describe(recipe.guidance)
     processes = "1 process" if engine.world_size == 1 else f"{engine.world_size} processes"
     passes = "" if run.num_micro_batches == 1 else f" x {run.num_micro_batches} micro-batches"
     return (

@@ -39,8 +39,12 @@ class Task(Protocol):
         """Batch of the samples, in their order."""
         ...
 
+    def scored(self, batch: Batch) -> Tensor:
+        """Weight of each term (row or token) of the batch, 0: not scored: fp32 [B] or [B, T], the logits' but C."""
+        ...
+
     def count(self, batch: Batch) -> Tensor:
-        """Number of scored terms (rows or tokens), weights respected: float64 scalar."""
+        """Number of scored terms (rows or tokens), weights respected: the sum of `scored`, float64 scalar."""
         ...
 
     def loss(self, output: Any, batch: Batch) -> Tensor:

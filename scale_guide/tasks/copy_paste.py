@@ -66,18 +66,22 @@ class CopyPaste:
         """Batch of `input`, `target`, `mask` [B, T] and `weight` [B]."""
         return stack(samples)
 
+    def scored(self, batch: Batch) -> Tensor:
+        """1 where a token is scored and 0 elsewhere, fp32 [B, T]."""
+        return (batch["target"] != IGNORED) * batch["weight"][:, None]
+
     def count(self, batch: Batch) -> Tensor:
         """Number of scored tokens, float64 scalar."""
-        return _scored(batch).sum(dtype=torch.float64)
+        return self.scored(batch).sum(dtype=torch.float64)
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """Sum of the cross-entropy over scored tokens, in nats."""
-        return (token_losses(logits(output), batch["target"]) * _scored(batch)).sum()
+        return (token_losses(logits(output), batch["target"]) * self.scored(batch)).sum()
 
     @torch.no_grad()
     def scores(self, output: Any, batch: Batch) -> dict[str, Tensor]:
         """Sums over scored tokens (loss, correct, count) and over sequences (whole, sequences)."""
-        values, target, scored = logits(output), batch["target"], _scored(batch)
+        values, target, scored = logits(output), batch["target"], self.scored(batch)
         right = values.argmax(-1) == target
         whole = (right | (target == IGNORED)).all(-1)
         return {
@@ -95,11 +99,6 @@ class CopyPaste:
             "accuracy": ratio(sums["correct"], sums["count"]),
             "sequence_accuracy": ratio(sums["whole"], sums["sequences"]),
         }
-
-
-def _scored(batch: Batch) -> Tensor:
-    """1 where a token is scored and 0 elsewhere, fp32 [B, T]."""
-    return (batch["target"] != IGNORED) * batch["weight"][:, None]
 
 
 def build(

@@ -73,9 +73,13 @@ class ImageClassification:
         """What to call training sample number `index` in a message: its file, or its row."""
         return self.train.source.name(index)
 
+    def scored(self, batch: Batch) -> Tensor:
+        """Weight of each image, fp32 [B]."""
+        return batch["weight"]
+
     def count(self, batch: Batch) -> Tensor:
         """Number of scored images, float64 scalar."""
-        return batch["weight"].sum(dtype=torch.float64)
+        return self.scored(batch).sum(dtype=torch.float64)
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """Sum of the cross-entropy over scored images, in nats."""

@@ -45,9 +45,13 @@ class Parity:
         """Batch of `input` and `mask` [B, T], `target` and `weight` [B]."""
         return stack(samples)
 
+    def scored(self, batch: Batch) -> Tensor:
+        """Weight of each sequence, fp32 [B]."""
+        return batch["weight"]
+
     def count(self, batch: Batch) -> Tensor:
         """Number of sequences, float64 scalar."""
-        return batch["weight"].sum(dtype=torch.float64)
+        return self.scored(batch).sum(dtype=torch.float64)
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """Sum of the cross-entropy over sequences, in nats."""
