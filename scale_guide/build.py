@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from scale_guide import lookup
 from scale_guide.activations import Recorder
 from scale_guide.config import Recipe
 from scale_guide.data_order import SeededDataset
-from scale_guide.distillation import Distillation, check_outputs
+from scale_guide.distillation import Distillation, check_alike
 from scale_guide.guidance import Guidance
 from scale_guide.guide import Guide
 from scale_guide.guide_weights import load_weights
@@ -48,6 +49,17 @@ def build_network(kind: str, recipe: Recipe, task: Task) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise ValueError(f"{kind}.name={config.name!r} builds a {type(network).__name__}; it must build an nn.Module.")
     return network
+
+
+def outline(kind: str, recipe: Recipe, task: Task) -> nn.Module:
+    """Returns the network of `build_network` on meta tensors: shapes without values, and nothing allocated.
+
+    Raises:
+        ValueError: as `build_network`.
+    """
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a network that brings its weights copies them to meta tensors, loudly
+        return build_network(kind, recipe, task)
 
 
 def build_guide(recipe: Recipe, task: Task, device: torch.device) -> Guide:
@@ -146,20 +158,31 @@ def build_distillation(recipe: Recipe, guide: Guide | None) -> Distillation | No
     return Distillation(guide, config.distillation, config.distillation_temperature)
 
 
-def check_distillation(recipe: Recipe, task: Task) -> None:
-    """Runs both networks once on meta tensors, if the recipe distils.
+def check_outputs(recipe: Recipe, task: Task) -> None:
+    """Runs the target, and the guide if the recipe distils, once on meta tensors.
 
     Raises:
-        ValueError: their outputs cannot be compared.
+        ValueError: the target's logits do not fit the task, or the guide's not the target's.
     """
-    if not recipe.guidance.distillation:
-        return
     batch = task.collate([task.train[0]] * 2)
-    inputs = batch["input"].to("meta")
-    with torch.device("meta"), warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # as in trace_recipe
-        target, guide = (build_network(kind, recipe, task).eval()(inputs) for kind in ("target", "guide"))
-    check_outputs(target, guide, task.scored(batch))
+    scored = task.scored(batch)
+    target = _meta_output("target", recipe, task, batch["input"])
+    values = getattr(target, "logits", target)
+    num_classes = task.facts.get("num_classes", task.facts.get("vocab_size"))
+    shape = tuple(values.shape) if isinstance(values, torch.Tensor) else ()
+    if num_classes is not None and (shape[:-1] != tuple(scored.shape) or shape[-1] < num_classes):
+        raise ValueError(
+            f"target.name={recipe.target.name!r} gives logits {shape} for two samples, but the task scores "
+            f"{tuple(scored.shape)} terms of {num_classes} classes. Set the number of classes under target.options, "
+            "or choose a target for this task."
+        )
+    if recipe.guidance.distillation:
+        check_alike(target, _meta_output("guide", recipe, task, batch["input"]), scored)
+
+
+def _meta_output(kind: str, recipe: Recipe, task: Task, inputs: torch.Tensor) -> Any:
+    with torch.device("meta"), torch.no_grad():
+        return outline(kind, recipe, task).eval()(inputs.to("meta"))
 
 
 def _memory() -> int:
@@ -183,14 +206,13 @@ def trace_recipe(recipe: Recipe, task: Task, *, num_examples: int = 2) -> LayerM
     """
     inputs = task.collate([task.train[0]] * num_examples)["input"].to("meta")
     guided = bool(recipe.guidance.weight)
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # trained weights copied to meta tensors: nothing happens, loudly
-        target = build_network("target", recipe, task)
+    with torch.device("meta"):
+        target = outline("target", recipe, task)
         if not guided:
             return LayerMap(tuple(trace_layers(target, inputs, recipe.target.layers, recipe.guidance.rows)), (), ())
         return trace(
             target,
-            build_network("guide", recipe, task),
+            outline("guide", recipe, task),
             inputs,
             target_layers=recipe.target.layers,
             guide_layers=recipe.guide.layers,

@@ -38,7 +38,7 @@ class Distillation:
         return self.weight * self.temperature**2 * (terms * scored).sum()
 
 
-def check_outputs(target: Any, guide: Any, scored: Tensor) -> None:
+def check_alike(target: Any, guide: Any, scored: Tensor) -> None:
     """Checks that the outputs of both networks can be compared term by term.
 
     Raises:

@@ -111,8 +111,9 @@ def with_noise(
     """Returns a rank's micro-batches of a step with noise for `input` [B, ...], everything else as it was.
 
     Floats: standard normal, or for `released_noise` clamp(1.1 * normal, 0, 1), as the authors released it. Whole
-    numbers: uniform over task.facts["vocab_size"]. Where a `mask` [B, T] says padding, padding stays: the sequences
-    keep the lengths of the data, for the models, which read lengths off the padding, and for the rows alike.
+    numbers: uniform over task.facts["vocab_size"], but for task.facts["padding_id"] if there is one. Where a `mask`
+    [B, T] says padding, padding stays: the sequences keep the lengths of the data, for the models, which read lengths
+    off the padding, and for the rows alike.
     """
     changed = []
     for j, batch in enumerate(micro_batches):
@@ -132,7 +133,11 @@ def _draw(batch: Batch, kind: WarmupInput, task: Task, generator: torch.Generato
         noise = torch.randn(inputs.shape, generator=generator).to(inputs.dtype)
         noise = (1.1 * noise).clamp(0, 1) if kind == "released_noise" else noise
     else:
-        noise = torch.randint(task.facts["vocab_size"], inputs.shape, generator=generator, dtype=inputs.dtype)
+        padding = task.facts.get("padding_id")
+        num_tokens = task.facts["vocab_size"] - (padding is not None)
+        noise = torch.randint(num_tokens, inputs.shape, generator=generator, dtype=inputs.dtype)
+        if padding is not None:
+            noise += noise >= padding
     if "mask" not in batch:
         return noise
     mask = batch["mask"]

@@ -1,9 +1,17 @@
-"""What bench_similarity.py makes of its figures: medians, ratios within a turn, the verdict of a point, the tables."""
+"""What bench_similarity.py makes of its figures: medians, ratios within a turn, the verdict of a point, the tables.
+
+    python scripts/similarity_report.py grid_4.json grid_2.json grid_1.json     one table of several runs
+
+A point that several files hold is taken from the last of them.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from similarity_methods import AUTO, Method, Size, methods
@@ -133,3 +141,18 @@ def _fastest(point: dict[str, Any], *, peers: bool) -> str:
         return "-"
     best = min(ratios, key=lambda name: ratios[name])
     return f"{ratios[best]:.2f} {best}"
+
+
+def main() -> int:
+    """Prints the table and the verdict of saved figures; returns 1 if a point fails."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path, help="what bench_similarity.py --json wrote")
+    runs = [json.loads(path.read_text()) for path in parser.parse_args().files]
+    print("\n".join(dict.fromkeys(run["machine"] for run in runs)))
+    points = {tuple(point["size"]): point for run in runs for point in run["points"]}
+    show_table(list(points.values()))
+    return show_verdict(list(points.values()))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -165,6 +165,7 @@ def test_unreadable_rows_are_counted_and_listed(
         (["train", "--optimizer.name=adma"], "optimizer.name"),
         (["train", "--target.name=deep_fnc"], "'deep_fnc' is not known (did you mean 'deep_fcn'?)"),
         (["train", "--target.options.detph=3"], "'detph' is not known (did you mean 'depth'?)"),
+        (["train", "--target.options.num_classes=3"], "the task scores (2,) terms of 5 classes"),
         (["train", "--target.layers=wieghts"], "did you mean 'weights'?"),
         (["train", "--guide.layers=[hiden.0.linear]"], "hidden.0.linear"),
         (["train", "--guidance.similarity=ckaa"], "did you mean 'cka'?"),

@@ -191,6 +191,15 @@ def test_transformer_encoder_equals_bert_with_its_own_mask() -> None:
     torch.testing.assert_close(model(tokens), model.head(means))
 
 
+@pytest.mark.parametrize("name", ["transformer", "transformer_encoder"])
+def test_transformers_refuse_sequences_longer_than_their_positions(name: str) -> None:
+    """On meta tensors too, where layers are traced before training: an index out of range passes unseen there."""
+    build = {"transformer": small_transformer, "transformer_encoder": CLASSIFIERS["transformer_encoder"]}[name]
+    facts = {"vocab_size": 4, "num_classes": 5, "padding_id": 3} if name == "transformer_encoder" else {}
+    with torch.device("meta"), pytest.raises(ValueError, match=f"max_length of {name} is 12.*have 13 tokens"):
+        build(**facts)(torch.zeros(2, 13, dtype=torch.int64))
+
+
 def test_stacked_rnn_is_a_list_of_one_layer_modules_of_the_stated_sizes() -> None:
     model = rnn.build(vocab_size=13)
     assert [(m.input_size, m.hidden_size, m.num_layers) for m in model.modules() if isinstance(m, nn.RNN)] == [

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from scale_guide.config import GuideConfig, Recipe
 from scale_guide.noise import check_inputs, with_noise
-from scale_guide.tasks import copy_paste
+from scale_guide.tasks import copy_paste, parity
 
 
 def test_noise_is_a_function_of_seed_step_and_place_in_the_global_batch() -> None:
@@ -38,6 +38,15 @@ def test_noise_of_numbers() -> None:
     assert float(normal["input"].std()) == pytest.approx(1, abs=0.02)
     (released,) = with_noise([batch], "released_noise", toy.build(), **place)
     assert torch.equal(released["input"], (1.1 * normal["input"]).clamp(0, 1))
+
+
+def test_noise_holds_no_padding_of_its_own() -> None:
+    """Models read lengths off the padding, and a token of it among the others would shorten the sequence."""
+    task = parity.build(max_length=9, num_train=40, num_validation=1)
+    batch = task.collate([task.train[i] for i in range(40)])
+    (noisy,) = with_noise([batch], "noise", task, seed=0, step=0, rank=0, world_size=1)
+    assert set(noisy["input"][batch["mask"]].tolist()) == {0, 1}
+    assert set(noisy["input"][~batch["mask"]].tolist()) == {2}
 
 
 def test_noise_of_tokens_keeps_lengths() -> None:

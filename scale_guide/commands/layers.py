@@ -9,10 +9,12 @@ from collections.abc import Sequence
 
 from scale_guide.analysis.measure import measure, summary
 from scale_guide.analysis.report import markdown
-from scale_guide.build import build_task, trace_recipe
+from scale_guide.build import build_task, outline, trace_recipe
 from scale_guide.commands import user_errors
+from scale_guide.config import Recipe
 from scale_guide.layer_map import Layer
 from scale_guide.recipe import Option, read_recipe, variants
+from scale_guide.tasks import Task
 
 MEASURE = Option(
     False,
@@ -32,16 +34,21 @@ def main(arguments: Sequence[str]) -> int:
         layers = trace_recipe(guided, task)
         if chosen["measure"] and not layers.pairs:
             raise ValueError("guidance.weight=0: --measure has no pairs to measure. Set guidance.weight above 0.")
-    print(f"target {guided.target.name}\n\n{_table(layers.target)}\n")
+    print(f"target {guided.target.name}, {_size('target', guided, task)}\n\n{_table(layers.target)}\n")
     if layers.guide:
-        print(f"guide {guided.guide.name}\n\n{_table(layers.guide)}\n")
-        rows = [[pair.target, pair.guide, f"{pair.weight:g}"] for pair in layers.pairs]
-        print(f"pairs ({guided.guidance.pairs})\n\n{markdown(['target', 'guide', 'weight'], rows)}", flush=True)
+        print(f"guide {guided.guide.name}, {_size('guide', guided, task)}\n\n{_table(layers.guide)}\n")
+        rows = [[str(i), pair.target, pair.guide, f"{pair.weight:g}"] for i, pair in enumerate(layers.pairs)]
+        print(f"pairs ({guided.guidance.pairs})\n\n{markdown(['', 'target', 'guide', 'weight'], rows)}", flush=True)
     if chosen["measure"]:
         with user_errors():
             figures = measure(guided, task, layers)
         print("\n" + "\n".join(map(str, figures)) + f"\n\n{summary(figures)}")
     return 0
+
+
+def _size(kind: str, recipe: Recipe, task: Task) -> str:
+    network = outline(kind, recipe, task)
+    return f"{sum(p.numel() for p in network.parameters()):,} parameters"
 
 
 def _table(layers: Sequence[Layer]) -> str:

@@ -10,8 +10,8 @@ from scale_guide.build import (
     build_guide,
     build_network,
     build_task,
-    check_distillation,
     check_guide,
+    check_outputs,
     trace_recipe,
 )
 from scale_guide.commands import user_errors
@@ -68,7 +68,7 @@ def set_up(recipe: Recipe, engine: Engine) -> Run:
     """
     task = build_task(recipe)
     layers = trace_recipe(recipe, task)
-    check_distillation(recipe, task)
+    check_outputs(recipe, task)
     guide = None
     if recipe.guidance.needs_guide:
         with engine.building_whole():

@@ -18,3 +18,16 @@ def check_heads(model: str, heads: int, width: int) -> None:
         raise ValueError(
             f"heads of {model} is {heads} and width is {width}: heads must divide width; set heads to {nearest}"
         )
+
+
+def check_length(model: str, length: int, max_length: int) -> None:
+    """Checks that sequences fit the positions that `model` has learned embeddings for.
+
+    Raises:
+        ValueError: they are longer.
+    """
+    if length > max_length:
+        raise ValueError(
+            f"max_length of {model} is {max_length}, but the sequences have {length} tokens: set it to at least "
+            f"{length}, leave it to the task, or shorten the sequences"
+        )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from scale_guide.models import check_heads
+from scale_guide.models import check_heads, check_length
 
 
 class CausalTransformer(nn.Module):
@@ -17,8 +17,13 @@ class CausalTransformer(nn.Module):
         self.gpt2 = GPT2LMHeadModel(config)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits [B, T, vocab_size] from tokens [B, T]; position t sees tokens 0..t."""
+        """Logits [B, T, vocab_size] from tokens [B, T]; position t sees tokens 0..t.
+
+        Raises:
+            ValueError: T above max_length.
+        """
         length = tokens.shape[1]
+        check_length("transformer", length, self.gpt2.config.n_positions)
         # Without a mask transformers looks for packed sequences in the values of position_ids: that cannot run on
         # meta tensors, and waits for the GPU in every forward.
         mask = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()

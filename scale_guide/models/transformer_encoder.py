@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from scale_guide.models import check_heads
+from scale_guide.models import check_heads, check_length
 
 
 class SequenceClassifier(nn.Module):
@@ -18,7 +18,12 @@ class SequenceClassifier(nn.Module):
         self.padding_id = padding_id
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits [B, num_classes] from tokens [B, T]; padding has no part in them."""
+        """Logits [B, num_classes] from tokens [B, T]; padding has no part in them.
+
+        Raises:
+            ValueError: T above max_length.
+        """
+        check_length("transformer_encoder", tokens.shape[1], self.bert.config.max_position_embeddings)
         real = tokens != self.padding_id
         # As wide as the attention itself: of a mask [B, T] transformers looks at the values, which waits for the GPU.
         mask = real[:, None, None, :].expand(-1, 1, tokens.shape[1], -1)

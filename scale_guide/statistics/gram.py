@@ -140,9 +140,7 @@ class GramStatistics:
         real = self._real_entries(node, first, rows.shape[1]) if node in self._padded else None
         if not self._centre:
             return _Columns(values, real), values.new_zeros(())
-        if values is rows and not self._owned:
-            values = values.clone()
-        energy = _centre(values, real)
+        values, energy = _centred(values, real, in_place=values is not rows or self._owned)
         return _Columns(values, real), energy
 
     def _real_entries(self, node: Node, first: int, num_columns: int) -> Tensor:
@@ -179,7 +177,7 @@ class GramStatistics:
         if self._transpose:
             product = mixing @ kept.rows
             if padded:
-                _centre(product, kept.real)
+                product, _ = _centred(product, kept.real, in_place=True)
             return _spread(product, valid)
         num_rows = (len(kept.rows) if valid is None else len(valid)) // self._wires.size
         own = slice(self._wires.rank * num_rows, (self._wires.rank + 1) * num_rows)
@@ -201,19 +199,18 @@ class GramStatistics:
         return (sums / real.sum(dim=0).clamp_min(1)[:, None]).flatten()
 
 
-def _centre(values: Tensor, real: Tensor | None) -> Tensor:
-    """Removes the column means of values [n, c], in place; returns n |mean|^2.
+def _centred(values: Tensor, real: Tensor | None, *, in_place: bool) -> tuple[Tensor, Tensor]:
+    """Returns values [n, c] less their column means, and n |mean|^2.
 
     Of padded sequences the mean is that of the real entries, and the others become zero, as if they had it.
     """
     if real is None:
         mean = values.mean(dim=0)
-        values.sub_(mean)
-        return mean.square().sum() * len(values)
+        return values.sub_(mean) if in_place else values - mean, mean.square().sum() * len(values)
     counts = real.sum(dim=0).clamp_min(1)
-    mean = values.mul_(real).sum(dim=0) / counts
-    values.sub_(mean).mul_(real)
-    return (mean.square() * counts).sum()
+    values = values.mul_(real) if in_place else values * real
+    mean = values.sum(dim=0) / counts
+    return values.sub_(mean).mul_(real), (mean.square() * counts).sum()
 
 
 def _spread(rows: Tensor, valid: Tensor | None) -> Tensor:

@@ -6,7 +6,7 @@ symmetric product that is multiplied:
     layout      elements on the wire   messages  flops                                  elements of matrices
     gather      N(p + q)               1         s 2N^2(p + q) + 2bNp                   2N^2
     transpose   b(2p + q) + 2N^2       3         2bN(s(p + q) + p)                      2N^2
-    covariance  2pq + p^2 + q^2        1         2b(2pq + (1 + s)p^2 + s q^2)           pq + p^2 + q^2
+    covariance  2pq + p^2 + q^2        2         2b(2pq + (1 + s)p^2 + s q^2)           pq + p^2 + q^2
 
 and what is kept is the matrices, and of the Gram layouts N(p + q) or b(p + q) elements of rows. A layer's share is
 paid once, however many pairs it is in; so is a message, which carries all layers.
@@ -24,7 +24,8 @@ Node = tuple[Side, str]
 Layout = Literal["gather", "transpose", "covariance"]
 LAYOUTS: tuple[Layout, ...] = ("gather", "transpose", "covariance")
 
-_MESSAGES: dict[Layout, int] = {"gather": 1, "transpose": 3, "covariance": 1}
+# Covariance: the second one is of row norms, for unbiased estimates, which training logs.
+_MESSAGES: dict[Layout, int] = {"gather": 1, "transpose": 3, "covariance": 2}
 FLOPS_PER_ELEMENT = 1000
 """Multiply-adds worth one fp32 element on the wire: about 400 over gloo on two cores, 1,000 to 8,000 on GPUs."""
 FLOPS_PER_MESSAGE = 2 * 10**8

@@ -18,38 +18,21 @@ import torch
 from torch import Tensor
 
 from scale_guide.tasks import Batch, logits, ratio, stack, token_losses
+from scale_guide.tasks._generated import GeneratedSequences, make_splits
 
 IGNORED, COPY, EOS, VOCAB_SIZE = 0, 11, 12, 13
 
 
-class CopyPasteData:
-    """Samples that are a function of (seed, split, index) alone: nothing is stored, and no order changes them."""
-
-    def __init__(self, num_samples: int, lengths: tuple[int, int], *, seed: int, split: int) -> None:
-        self.num_samples = num_samples
-        self.lengths = lengths
-        self.seed = seed
-        self.split = split
-
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Sample of `input`, `target` and `mask` [2 max_length + 2] (mask: a real token), and `weight` 1."""
-        if not 0 <= index < self.num_samples:
-            raise IndexError(index)
-        shortest, longest = self.lengths
-        random = np.random.default_rng((self.seed, self.split, index))
-        length = int(random.integers(shortest, longest + 1))
-        digits = torch.from_numpy(random.integers(0, 10, length))
-        tokens = torch.zeros(2 * longest + 2, dtype=torch.int64)
-        target = torch.zeros_like(tokens)
-        tokens[:length] = digits
-        tokens[length] = COPY
-        target[length + 1 : 2 * length + 1] = digits
-        tokens[2 * length + 1] = target[2 * length + 1] = EOS
-        mask = torch.arange(len(tokens)) < 2 * length + 2
-        return {"input": tokens, "target": target, "mask": mask, "weight": torch.ones(())}
+def _sample(random: np.random.Generator, length: int, longest: int) -> dict[str, Tensor]:
+    """Sample of `input`, `target` and `mask` [2 longest + 2] (mask: a real token)."""
+    digits = torch.from_numpy(random.integers(0, 10, length))
+    tokens = torch.zeros(2 * longest + 2, dtype=torch.int64)
+    target = torch.zeros_like(tokens)
+    tokens[:length] = digits
+    tokens[length] = COPY
+    target[length + 1 : 2 * length + 1] = digits
+    tokens[2 * length + 1] = target[2 * length + 1] = EOS
+    return {"input": tokens, "target": target, "mask": torch.arange(len(tokens)) < 2 * length + 2}
 
 
 class CopyPaste:
@@ -57,7 +40,7 @@ class CopyPaste:
 
     score = "accuracy"
 
-    def __init__(self, train: CopyPasteData, validation: CopyPasteData) -> None:
+    def __init__(self, train: GeneratedSequences, validation: GeneratedSequences) -> None:
         self.train = train
         self.validation = validation
         self.facts: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "max_length": 2 * train.lengths[1] + 2}
@@ -109,14 +92,7 @@ def build(
     Raises:
         ValueError: a length, count or seed that makes no data.
     """
-    if not 1 <= min_length <= max_length:
-        raise ValueError(
-            f"task.options.min_length is {min_length} and task.options.max_length is {max_length}: lengths must hold "
-            "1 <= min_length <= max_length; the paper takes 20 and 40"
-        )
-    for name, value, least in (("num_train", num_train, 1), ("num_validation", num_validation, 1), ("seed", seed, 0)):
-        if value < least:
-            raise ValueError(f"task.options.{name} is {value}: it must be at least {least}; set a larger one")
-    lengths = (min_length, max_length)
-    train = CopyPasteData(num_train, lengths, seed=seed, split=0)
-    return CopyPaste(train, CopyPasteData(num_validation, lengths, seed=seed, split=1))
+    train, validation = make_splits(
+        _sample, lengths=(min_length, max_length), papers=(20, 40), sizes=(num_train, num_validation), seed=seed
+    )
+    return CopyPaste(train, validation)
