@@ -85,13 +85,13 @@ def test_predicted_memory_grows_as_it_must() -> None:
     assert one.matrices == 2 * 32**2 * 4
 
 
-def point(**seconds: list[float]) -> dict[str, Any]:
+def point(w: int = 2, **seconds: list[float]) -> dict[str, Any]:
     """A judged point of bench_similarity; methods are named by their last word."""
     names = {name.split()[-1]: name for name in methods()} | {"auto": AUTO, "peer": "pytorch-cka cka_from_features"}
     names["debiased"] = f"{AUTO}, debiased"
     rest = {"value_off": 0.0, "gradient_off": 0.0, "memory": 1, "bytes": 1, "gradient": 1.0}
     figures = {names[name]: {"seconds": times, **rest} for name, times in seconds.items()}
-    found = {"size": [64, 8, 8, 1], "auto": "gather", "methods": figures, "skipped": {}}
+    found = {"size": [64, 8, 8, w], "auto": "gather", "methods": figures, "skipped": {}}
     similarity_report.judge(found)
     return found
 
@@ -102,6 +102,7 @@ def test_verdict_on_times(capsys: pytest.CaptureFixture[str]) -> None:
     assert point(auto=noisy, transpose=quick)["failures"] == [], "within the spread"
     assert point(auto=slow[:2], transpose=quick[:2])["failures"] == [], "two turns show nothing"
     assert point(auto=slow, gather=quick)["failures"] == [], "the layout that auto took"
+    assert point(1, auto=slow, transpose=quick)["failures"] == [], "the same code in one process"
     failing = point(auto=slow, transpose=quick)
     assert len(failing["failures"]) == 1
     assert len(point(auto=slow, debiased=slow, peer=quick)["failures"]) == 1
@@ -122,7 +123,7 @@ def test_a_table_says_why_a_point_was_left_out(capsys: pytest.CaptureFixture[str
     found = point(auto=[1.0, 2.0, 3.0])
     found["skipped"] = {"scale_guide gather": "needs 34 GB"}
     similarity_report.show_table([found])
-    assert "| 1 | 64 | 8, 8 | gather | 2 | needs 34 GB | - | - | - | - | ok |" in capsys.readouterr().out
+    assert "| 2 | 64 | 8, 8 | gather | 2 | needs 34 GB | - | - | - | - | ok |" in capsys.readouterr().out
 
 
 def test_what_is_too_large_or_too_slow_is_left_out() -> None:
