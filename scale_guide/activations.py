@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from scale_guide.gradient_watch import GradientWatch
 
 @dataclass
 class Activation:
@@ -73,6 +74,9 @@ class Recorder:
         keep: Fires to keep, by name; None keeps all. A layer that fires several times gives `name`, `name#2`, ...
         overwritten: Layers whose output an in-place module overwrites, to be copied at capture. None: not known yet,
             so the first pass copies every layer and finds out.
+
+    Attributes:
+        watch: Measures the gradients that meet at these layers, while it is on; not in compiled code.
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class Recorder:
         overwritten: Sequence[str] | None = None,
     ) -> None:
         self.keep = None if keep is None else set(keep)
+        self.watch = GradientWatch()
         self._layers = tuple(dict.fromkeys(layers))
         self._copied = None if overwritten is None else set(overwritten)
         self._usual: dict[str, int] = {}
@@ -158,6 +163,8 @@ class Recorder:
         original = found.data if isinstance(found, PackedSequence) else found
         compiled = torch.compiler.is_compiling()
         kept = original.clone() if self._copied is None or fire_name in self._copied else original
+        if self.watch.is_on and not compiled and original.requires_grad:
+            kept = self.watch.branch(original, kept)
         activation = Activation(_batch_first(module, found, kept), _channels_first(module, kept))
         self._fires[fire_name] = _Fire(original, -1 if compiled else original._version, activation)
 

@@ -204,8 +204,14 @@ class Recipe:
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Named sets of dotted overrides, e.g. {unguided: {guidance.weight: 0}, guided: {}}; run one after another and
     compared at the end."""
+    published: dict[str, str] = field(default_factory=dict)
+    """The paper's number for a variant, e.g. {unguided: 1.65 +- 0.51}; `scale-guide report` puts it beside yours."""
+    name: str = ""
+    """What reports call the recipe; empty: the name of its file."""
+    variant: str = ""
+    """Which variant this is, once one was chosen."""
     run_dir: str = ""
-    """Folder of the run; empty: runs/<recipe>. With variants each gets a folder inside it."""
+    """Folder of the run; empty: runs/<name>. With variants each gets a folder inside it."""
     resume: str = "auto"
     """auto: from the newest checkpoint in run_dir if there is one; never: refuse a folder that holds a run; or the
     path of a checkpoint."""

@@ -60,6 +60,7 @@ class Guidance:
     Attributes:
         pairs: The pairs, once known: at once if given ready, else after the first forward pass.
         plan: The layouts chosen, after the first step.
+        watch: While `watch.is_on`, the gradients at the guided layers are measured; not in compiled code.
 
     Raises:
         ValueError: an unknown similarity, layer list or layer.
@@ -99,6 +100,7 @@ class Guidance:
         self._guide = LayerReader("guide", self.guide.model, guide_layers, overwritten=copied[1], **read)
         if not isinstance(pairs, str) and pairs and all(isinstance(pair, Pair) for pair in pairs):
             self._set_pairs([pair for pair in pairs if isinstance(pair, Pair)])
+        self.watch = self._target.recorder.watch
         self._step: GuidanceStep | None = None
         self._figures: dict[Pair, Tensor] = {}
         self._gradient_square = torch.zeros(())
@@ -128,6 +130,7 @@ class Guidance:
         if self._step is None:
             self._num_bytes = 0
             self._clock.restart()
+            self.watch.reset()
         self._now = _MicroBatch(weights, mask)
         with self._target.recorder.record():
             yield
@@ -206,7 +209,7 @@ class Guidance:
         """The last step's figures, alike on every rank unless said otherwise; reading them waits for the device.
 
         pairs: "target <- guide" -> {similarity, debiased, floor}; gradient_square: this rank's share of the squared
-        norm of the gradient at the activations (sum it over ranks); seconds: this rank's time in guidance, the
+        norm of the gradient at the activations (sum it over ranks); watched: `watch.sums()` of this rank; seconds: this rank's time in guidance, the
         guide's forward included; bytes: what this rank handed to collectives.
 
         Raises:
@@ -220,8 +223,9 @@ class Guidance:
                 raise not_finite(pair)
             pairs[str(pair)] = dict(zip(names, row, strict=True))
             self._warn_of_no_spread(pair, (ours, theirs))
-        square = float(self._gradient_square)
-        return {"pairs": pairs, "gradient_square": square, "seconds": self._clock.seconds(), "bytes": self._num_bytes}
+        square, watched = float(self._gradient_square), self.watch.sums()
+        facts = {"seconds": self._clock.seconds(), "bytes": self._num_bytes}
+        return {"pairs": pairs, "gradient_square": square, "watched": watched, **facts}
 
     def reset(self) -> None:
         """Forgets the step under way, as after an exception in the middle of it."""

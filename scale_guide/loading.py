@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from scale_guide.data_order import SeededDataset, TrainOrder
+from scale_guide.engine import Engine
 from scale_guide.tasks import Batch, Task
 from scale_guide.tracking import quiet_worker
 
@@ -31,6 +32,22 @@ def training_steps(task: Task, order: TrainOrder, *, num_workers: int, pin_memor
     )
     for _ in range(order.first_step, order.last_step):
         yield list(islice(loader, order.num_micro_batches))
+
+
+class Unreadable:
+    """The training samples that this rank could not read."""
+
+    def __init__(self) -> None:
+        self._indices: set[int] = set()
+
+    def note(self, batch: Batch) -> None:
+        """Takes `index` out of a batch of `training_steps`, and remembers the rows of weight 0."""
+        self._indices.update(batch.pop("index")[batch["weight"] == 0].tolist())
+
+    def names(self, task: Task, engine: Engine) -> list[str]:
+        """Returns those of all ranks, by file name where the task has one. Collective: call on every rank."""
+        name = getattr(task, "sample_name", str)
+        return [str(name(index)) for index in sorted(set(engine.gather_list(sorted(self._indices))))]
 
 
 class _Indexed(Dataset[Any]):

@@ -164,3 +164,10 @@ def recipe_path(name: str) -> Path:
     if name not in known:
         raise unknown("--config: recipe", name, known)
     return known[name]
+
+
+def recipe_name(path: Path) -> str:
+    """Returns what to call the recipe or flavour in a file, e.g. imagenet/deep_fcn; a user's goes by its file's name."""
+    shipped = PACKAGE / "recipes"
+    inside = path.is_relative_to(shipped) and path.parent.name != "flavours"
+    return path.relative_to(shipped).with_suffix("").as_posix() if inside else path.stem

@@ -82,7 +82,7 @@ def read_recipe(
     extra = dict(extra or {})
     given, configs, taken = list(arguments), [], set[int]()
     known = _names(Recipe) | dict.fromkeys([*extra, "config", "help", "print_config"], False)
-    stems: list[str] = []
+    names: list[str] = []
     for i, word in enumerate(given):
         if not word.startswith("--"):
             continue
@@ -92,7 +92,7 @@ def read_recipe(
             following = given[i + 1] if i + 1 < len(given) else ""
             path = lookup.recipe_path(value or following)
             taken |= {i} if value else {i, i + 1}
-            stems.append(path.stem)
+            names.append(lookup.recipe_name(path))
             tree = _read_yaml(path)
             _check_tree(tree, known, f"{path}: ")
             configs += _as_arguments(path, tree)
@@ -104,7 +104,8 @@ def read_recipe(
     values = _parse(parser, configs + [word for i, word in enumerate(given) if i not in taken])
     chosen = {name: values.pop(name) for name in extra}
     recipe = _build(Recipe, values)
-    return dataclasses.replace(recipe, run_dir=recipe.run_dir or f"runs/{'_'.join(stems) or 'default'}"), chosen
+    name = recipe.name or "_".join(names) or "default"
+    return dataclasses.replace(recipe, name=name, run_dir=recipe.run_dir or f"runs/{name}"), chosen
 
 
 def _as_arguments(path: Path, tree: Mapping[str, Any]) -> list[str]:
@@ -165,7 +166,8 @@ def variants(recipe: Recipe, *, only: str = "") -> dict[str, Recipe]:
     known = _names(Recipe)
     found: dict[str, Recipe] = {}
     for name, overrides in recipe.variants.items():
-        values = dataclasses.asdict(recipe) | {"variants": {}, "run_dir": str(Path(recipe.run_dir) / name)}
+        values = dataclasses.asdict(recipe) | {"variants": {}, "variant": name}
+        values["run_dir"] = str(Path(recipe.run_dir) / name)
         for option, value in overrides.items():
             _check_name(option, known, f"variants.{name}: ")
             *path, last = option.split(".")

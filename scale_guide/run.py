@@ -21,8 +21,8 @@ from scale_guide.guidance import Guidance
 from scale_guide.guide import Guide
 from scale_guide.launch import check_compile
 from scale_guide.layer_map import LayerMap
-from scale_guide.loading import training_steps
-from scale_guide.noise import check_inputs
+from scale_guide.loading import Unreadable, training_steps
+from scale_guide.reading import Reading, check_inputs
 from scale_guide.schedule import Schedule
 from scale_guide.tasks import Batch, Task
 from scale_guide.trainer import StepLog, count_steps, guided_step, make_optimizer, step_values
@@ -60,7 +60,7 @@ class Run:
         self.guide_hash = guide.fingerprint() if guide is not None else None
         same = identity(recipe, engine, self.guide_hash)
         self.checkpoints = Checkpoints(run_dir, engine, keep=training.keep_checkpoints, identity=same)
-        self.unreadable: set[int] = set()
+        self.unreadable = Unreadable()
         self.warned = False
         self.seconds_before = 0.0
         self.resumed: Path | None = None
@@ -174,7 +174,7 @@ class Run:
             progress.advance()
             if step == self.first_step and self.guidance is not None:
                 progress.say(f"statistics by {self.guidance.plan}")
-            if done % training.log_every == 0 or done == self.num_steps:
+            if self._is_logged(done):
                 self._log(log, done, progress)
             if training.evaluate_every and done % training.evaluate_every == 0 and done < self.num_steps:
                 self._validate(done, progress)
@@ -206,14 +206,14 @@ class Run:
             progress.say(f"the warm-up ended with step {step}: the task loss joins in")
         if self.guidance is not None:
             self.guidance.weight = schedule.guidance_weight(step)
+            self.guidance.watch.is_on = self._is_logged(step + 1) and not self.recipe.training.compile
         if schedule.guidance_is_over(step):
             progress.say(f"guidance ended with step {self.recipe.guidance.stop_after}: the target trains alone")
             self._drop_guide()
 
     def _one_step(self, step: int, micro_batches: list[Batch], stop: tracking.StopSignal) -> StepLog:
         for batch in micro_batches:
-            rows = batch.pop("index")[batch["weight"] == 0]
-            self.unreadable.update(rows.tolist())
+            self.unreadable.note(batch)
         recipe = self.recipe
         return guided_step(
             micro_batches,
@@ -223,13 +223,18 @@ class Run:
             guidance=self.guidance,
             distillation=self.distillation,
             accumulation=recipe.guidance.accumulation,
-            warmup=self.schedule.warmup(step),
-            warmup_noise_for=recipe.guidance.warmup_noise_for,
-            guide_input=recipe.guide.input if self.guide is not None else "data",
+            reading=Reading(
+                warmup=self.schedule.warmup(step),
+                noise_for=recipe.guidance.warmup_noise_for,
+                guide_input=recipe.guide.input if self.guide is not None else "data",
+            ),
             seed=recipe.training.seed,
             step=step,
             stop=stop.requested,
         )
+
+    def _is_logged(self, done: int) -> bool:
+        return done % self.recipe.training.log_every == 0 or done == self.num_steps
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.began
@@ -277,7 +282,7 @@ class Run:
         scores = self._validate(self.num_steps, progress)
         progress.close()
         weights = self.engine.state_dict()
-        names = self._unreadable_names()
+        names = self.unreadable.names(self.task, self.engine)
         summary = {
             "finished": True,
             "step": self.num_steps,
@@ -293,8 +298,3 @@ class Run:
         self.folder.finish(summary, weights, description)
         self.engine.barrier()
         return summary
-
-    def _unreadable_names(self) -> list[str]:
-        """Returns the unreadable training samples met by any rank, by file name where the task has one. Collective."""
-        name = getattr(self.task, "sample_name", str)
-        return [str(name(index)) for index in sorted(set(self.engine.gather_list(sorted(self.unreadable))))]

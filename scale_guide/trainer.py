@@ -6,20 +6,18 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from scale_guide.config import GuideInput, OptimizerConfig, Recipe, WarmupInput
+from scale_guide.config import OptimizerConfig, Recipe
 from scale_guide.distillation import Distillation
 from scale_guide.engine import Engine
 from scale_guide.guidance import Guidance
-from scale_guide.noise import as_read
 from scale_guide.objective import inject
+from scale_guide.reading import DATA, Draws, Reading, as_read
 from scale_guide.tasks import Batch, Task
 
 
@@ -48,9 +46,7 @@ def guided_step(
     guidance: Guidance | None = None,
     distillation: Distillation | None = None,
     accumulation: str = "exact",
-    warmup: WarmupInput | None = None,
-    warmup_noise_for: Literal["both", "guide"] = "both",
-    guide_input: GuideInput = "data",
+    reading: Reading = DATA,
     seed: int = 0,
     step: int = 0,
     stop: bool = False,
@@ -69,56 +65,80 @@ def guided_step(
         guidance: Registered on the unwrapped target; None: no representations are compared.
         distillation: What pulls the output; None: nothing. It rests in the warm-up.
         accumulation: exact, or per_micro_batch: the mean over micro-batches of each one's own guidance loss.
-        warmup: The step minimises the guidance loss alone, on data (the task's is only looked at) or on noise.
-        warmup_noise_for: Who reads that noise.
-        guide_input: What the guide reads beside the target's data.
+        reading: What the networks read, and whether the step belongs to the warm-up.
         seed: Of dropout, noise and order.
         step: Index of this step, for the same.
         stop: Whether this rank was asked to stop; all ranks learn of it through `agreed`.
     """
-    assert guidance is not None or warmup is None, "a warm-up minimises the guidance loss"
-    k = len(micro_batches)
+    warmup = reading.warmup is not None
+    assert guidance is not None or not warmup, "a warm-up minimises the guidance loss"
     totals = _agree(micro_batches, task, engine, stop)
     agreed, count = _later(totals), totals[0].clamp_min(1)
-    micro_batches = as_read(
-        micro_batches,
-        task,
-        warmup=warmup or "data",
-        noise_for=warmup_noise_for,
-        guide_input=guide_input,
-        seed=seed,
-        step=step,
-        rank=engine.rank,
-        world_size=engine.world_size,
-    )
-    if warmup is not None:
-        distillation = None
-    forward = partial(
-        _forward, target=target, engine=engine, guidance=guidance, distillation=distillation, seed=seed, step=step
-    )
-    looked_at = warmup in (None, "data") or warmup_noise_for == "guide"
+    draws = Draws(seed, step, engine.rank, engine.world_size)
+    micro_batches = as_read(micro_batches, task, reading, draws)
+    pull = None if warmup else distillation
+    forward = _Forward(target, engine, guidance, pull, draws)
+    k = len(micro_batches)
     two_passes = guidance is not None and k > 1 and accumulation == "exact"
-    if guidance is not None and two_passes:
-        with torch.no_grad(), batch_norm_paused(engine.unwrap(target)):
-            for j, host_batch in enumerate(micro_batches):
-                forward(engine.to_device(host_batch), j)
-                guidance.collect()
-        guidance.reduce()
-    # The Gram layouts have all they need of the guide after the first pass.
-    guide_too = not two_passes or (guidance is not None and guidance.needs_guide_again)
+    if two_passes:
+        _gather_statistics(micro_batches, forward)
     sums: dict[str, list[Tensor]] = {"task": [], "pull": [], "guidance": []}
     for j, host_batch in enumerate(micro_batches):
         batch = engine.to_device(host_batch)
         with engine.micro_batch(last=j == k - 1):
-            output, guide_output = forward(batch, j, guide_too=guide_too)
-            task_sum = _task_sum(output, batch, task, learns=warmup is None) if looked_at else None
-            pull = None if distillation is None else distillation.loss(output, guide_output, task.scored(batch))
-            part = None if guidance is None else guidance.loss() / (1 if two_passes else k)
-            engine.backward(_joined(output, task_sum, pull, part, engine.world_size / count, warmup))
-        for name, value in (("task", task_sum), ("pull", pull), ("guidance", part)):
+            outputs = forward(batch, j)
+            parts = {
+                "task": _task_sum(outputs[0], batch, task, learns=not warmup) if reading.target_sees_data else None,
+                "pull": pull.loss(*outputs, task.scored(batch)) if pull is not None else None,
+                "guidance": guidance.loss() / (1 if two_passes else k) if guidance is not None else None,
+            }
+            engine.backward(_joined(outputs[0], **parts, scale=engine.world_size / count, warmup=warmup))
+        for name, value in parts.items():
             sums[name] += [] if value is None else [value.detach().to(count)]
     engine.step()
     return StepLog(_sum(sums["task"]), count, _sum(sums["guidance"]), _sum(sums["pull"]), agreed)
+
+
+@dataclass
+class _Forward:
+    """The forward passes of one step: the guide's, if it is needed, and the target's.
+
+    Both passes over micro-batch j draw the same masks.
+    """
+
+    target: nn.Module
+    engine: Engine
+    guidance: Guidance | None
+    distillation: Distillation | None
+    draws: Draws
+    guide_too: bool = True
+    """Whether the guidance still needs the guide."""
+
+    def __call__(self, batch: Batch, j: int) -> tuple[Any, Any]:
+        """Returns the target's output on this rank's micro-batch j and the guide's, None where it did not run."""
+        torch.manual_seed(self.draws.seed_of(j))
+        inputs = batch.get("guide_input", batch["input"])
+        guide_output = None
+        if self.distillation is not None and (self.guidance is None or not self.guide_too):
+            guide_output = self.distillation.guide(inputs)
+        if self.guidance is None:
+            return self.engine.forward(self.target, batch["input"]), guide_output
+        with self.guidance.record(weights=batch.get("weight"), mask=batch.get("common_mask", batch.get("mask"))):
+            if self.guide_too:
+                guide_output = self.guidance.run_guide(inputs)
+            return self.engine.forward(self.target, batch["input"]), guide_output
+
+
+def _gather_statistics(micro_batches: Sequence[Batch], forward: _Forward) -> None:
+    """Does the first pass: the statistics of all micro-batches, reduced over ranks."""
+    engine, guidance = forward.engine, forward.guidance
+    assert guidance is not None, "without guidance one pass does"
+    with torch.no_grad(), batch_norm_paused(engine.unwrap(forward.target)):
+        for j, host_batch in enumerate(micro_batches):
+            forward(engine.to_device(host_batch), j)
+            guidance.collect()
+    guidance.reduce()
+    forward.guide_too = guidance.needs_guide_again  # the Gram layouts have all they need of it
 
 
 def _task_sum(output: Any, batch: Batch, task: Task, *, learns: bool) -> Tensor:
@@ -128,20 +148,15 @@ def _task_sum(output: Any, batch: Batch, task: Task, *, learns: bool) -> Tensor:
 
 
 def _joined(
-    output: Any,
-    task_sum: Tensor | None,
-    pull: Tensor | None,
-    part: Tensor | None,
-    scale: Tensor,
-    warmup: WarmupInput | None,
+    output: Any, *, task: Tensor | None, pull: Tensor | None, guidance: Tensor | None, scale: Tensor, warmup: bool
 ) -> Tensor:
     """Returns the loss of a micro-batch: task and pull times `scale`, and guidance; in a warm-up that alone."""
-    if warmup is not None:
-        assert part is not None, "a warm-up minimises the guidance loss"
-        return _reaching(output, part)
-    assert task_sum is not None, "only noise has no task loss"
-    loss = (task_sum if pull is None else task_sum + pull) * scale.to(task_sum.dtype)
-    return loss if part is None else loss + part
+    if warmup:
+        assert guidance is not None, "a warm-up minimises the guidance loss"
+        return _reaching(output, guidance)
+    assert task is not None, "only noise has no task loss"
+    loss = (task if pull is None else task + pull) * scale.to(task.dtype)
+    return loss if guidance is None else loss + guidance
 
 
 def _sum(values: Sequence[Tensor]) -> Tensor | None:
@@ -195,54 +210,28 @@ def _later(tensor: Tensor) -> Callable[[], list[float]]:
     return read
 
 
-def _forward(
-    batch: Batch,
-    j: int,
-    *,
-    target: nn.Module,
-    engine: Engine,
-    guidance: Guidance | None,
-    distillation: Distillation | None,
-    seed: int,
-    step: int,
-    guide_too: bool = True,
-) -> tuple[Any, Any]:
-    """Returns the target's output and the guide's, which has run first if it is needed (else None).
-
-    Both passes over micro-batch j draw the same masks. Without `guide_too` the guidance needs no guide.
-    """
-    # By the number of the micro-batch within the global batch: the same masks for W x k as for 1 x (W k).
-    state = np.random.SeedSequence([seed % 2**64, step, j * engine.world_size + engine.rank]).generate_state(1)
-    torch.manual_seed(int(state[0]))
-    inputs = batch.get("guide_input", batch["input"])
-    if guidance is None or not guide_too:
-        guide_output = None if distillation is None else distillation.guide(inputs)
-    if guidance is None:
-        return engine.forward(target, batch["input"]), guide_output
-    with guidance.record(weights=batch.get("weight"), mask=batch.get("common_mask", batch.get("mask"))):
-        if guide_too:
-            guide_output = guidance.run_guide(inputs)
-        return engine.forward(target, batch["input"]), guide_output
-
-
 def step_values(log: StepLog, engine: Engine, guidance: Guidance | None) -> dict[str, Any]:
     """Returns what a step says of itself, by its names in metrics.jsonl. Collective.
 
     task_loss is the mean over scored terms, None where it was not computed (a warm-up on noise); distillation_loss,
-    where there is one, is the same mean with its weight.
+    where there is one, is the same mean with its weight. gradient_norm_at_activations is that of guidance's gradient at
+    the guided layers; upper_gradient_norm_at_activations that of what else arrives there, from the task and from the
+    guidance of later layers, None where it was not watched.
     """
     values: dict[str, Any] = {"task_loss": None}
     if log.task_sum is not None:
         values["task_loss"] = engine.sum(log.task_sum).item() / log.count.item()
     if guidance is not None and log.guidance_loss is not None:
         last = guidance.last
-        square = torch.tensor(float(last["gradient_square"]), dtype=torch.float64)
+        squares = torch.tensor([last["gradient_square"], *last["watched"]], dtype=torch.float64)
+        square, own, above = engine.sum(squares).tolist()
         similarities = [pair["similarity"] for pair in last["pairs"].values()]
         values |= {
             "guidance_loss": log.guidance_loss.item(),
             "similarity": sum(similarities) / len(similarities),
             "pairs": last["pairs"],
-            "gradient_norm_at_activations": math.sqrt(engine.sum(square).item()),
+            "gradient_norm_at_activations": math.sqrt(square),
+            "upper_gradient_norm_at_activations": math.sqrt(square * above / own) if own else None,
             "guidance_seconds": last["seconds"],
             "guidance_bytes": last["bytes"],
         }

@@ -1,7 +1,7 @@
 """What a guided step costs beyond its parts: guided / (target forward and backward + guide forward + bare products).
 
     python scripts/bench_step.py                             the quickstart's networks, one process
-    python scripts/bench_step.py --config rnn_lm_small --task.options.data FOLDER
+    python scripts/bench_step.py --config small/language_model --task.options.data FOLDER
 
 One process on the CPU; the four parts are run in turn, `--repeats` times after one turn to warm up; medians are shown.
 The bare products are the matrix products that the plan's statistics and their gradient consist of, on ready fp32

@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from scale_guide import lookup
+
 STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -81,7 +83,11 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
             parser.error(f"{name} is this script's to set: use --runs, --seeds and --first_seed, or --variants")
     if options.seeds < 1:
         parser.error(f"--seeds={options.seeds} must be at least 1")
-    options.runs = Path(options.runs or Path("runs") / Path(options.recipe).stem)
+    try:
+        name = lookup.recipe_name(lookup.recipe_path(options.recipe))
+    except ValueError as error:
+        parser.error(str(error))
+    options.runs = Path(options.runs or Path("runs") / name)
     return options, overrides
 
 

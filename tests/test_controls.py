@@ -20,7 +20,7 @@ from scale_guide.guidance import Guidance
 from scale_guide.guide import Guide
 from scale_guide.lookup import PACKAGE
 from scale_guide.models import deep_fcn
-from scale_guide.noise import as_read, with_noise
+from scale_guide.reading import Draws, Reading, as_read, with_noise
 from scale_guide.recipe import read_recipe, variants
 from scale_guide.tasks import copy_paste, parity
 from scale_guide.tracking import read_metrics
@@ -168,12 +168,11 @@ def test_mistakes(options: list[str], told: str, tmp_path: Path, capsys: pytest.
 
 # What the guide reads
 
-PLACE = {"seed": 5, "step": 2, "rank": 0, "world_size": 1}
+DRAWS = Draws(seed=5, step=2)
 
 
-def read(batches: list[dict[str, Tensor]], task: Any, **changed: Any) -> list[dict[str, Tensor]]:
-    asked = {"warmup": "data", "noise_for": "both", "guide_input": "data"} | PLACE | changed
-    return as_read(batches, task, **asked)
+def read(batches: list[dict[str, Tensor]], task: Any, draws: Draws = DRAWS, **asked: Any) -> list[dict[str, Tensor]]:
+    return as_read(batches, task, Reading(**asked), draws)
 
 
 def numbered(num_rows: int) -> dict[str, Tensor]:
@@ -192,7 +191,7 @@ def test_shuffled_rows_leave_no_row_in_its_place() -> None:
         assert torch.equal(one["input"], batch["input"])
     assert len({tuple(one["guide_input"].flatten().tolist()) for one in whole}) == 6
     for rank in (0, 1):
-        parts = read([batch] * 3, toy.build(), guide_input="shuffled", rank=rank, world_size=2)
+        parts = read([batch] * 3, toy.build(), Draws(5, 2, rank, world_size=2), guide_input="shuffled")
         for j, part in enumerate(parts):
             assert torch.equal(part["guide_input"], whole[2 * j + rank]["guide_input"])
     assert "guide_input" not in batch
@@ -224,7 +223,7 @@ def test_noise_for_the_guide_is_not_the_warmups() -> None:
     assert not torch.equal(fed["guide_input"], both["input"])
     (mixed,) = read([batch], task, warmup="noise", guide_input="shuffled")
     assert torch.equal(mixed["guide_input"].sort(dim=0).values, both["input"].sort(dim=0).values)
-    assert torch.equal(both["input"], with_noise([batch], "noise", task, **PLACE)[0]["input"])
+    assert torch.equal(both["input"], with_noise([batch], "noise", task, DRAWS)[0]["input"])
 
 
 # Distillation
@@ -340,7 +339,7 @@ def test_flavours(flavour: str) -> None:
     text = (PACKAGE / "recipes/flavours" / f"{flavour}.yaml").read_text()
     assert text.startswith(f"# --config RECIPE --config {flavour}")
     assert "PAPER.md" in text
-    base = "copy_paste_small" if flavour == "leaky_state" else "quickstart"
+    base = "small/copy_paste" if flavour == "leaky_state" else "quickstart"
     recipe, _ = read_recipe("train", ["--config", base, "--config", flavour])
     plain, _ = read_recipe("train", ["--config", base])
     assert recipe.run_dir == f"runs/{base}_{flavour}"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from datasets import ClassLabel as Label
 from datasets import Dataset, DatasetDict, Features, Image
 from launching import ROOT, finish, start
@@ -53,9 +54,12 @@ GENERATED = ["--task.options.num_train=300", "--task.options.num_validation=20"]
 OPTIONS = {
     "effective_batch": [*NARROW[1:], "--target.options.depth=2", "--guide.name=deep_fcn", "--guide.options.depth=2"],
     "quickstart": [],
-    "copy_paste_small": GENERATED,
-    "rnn_lm_small": ["--task.options.data={words}"],
-    "deep_fcn_cifar": ["--task.options.data={images}", *NARROW],
+    "small/copy_paste": GENERATED,
+    "small/language_model": ["--task.options.data={words}"],
+    "small/parity": GENERATED,
+    "small/deep_fcn": ["--task.options.data={images}", *NARROW],
+    "small/wide_fcn": ["--task.options.data={images}", NARROW[0], "--target.options.width=16"],
+    "small/deep_convnet": ["--task.options.data={images}", NARROW[0]],
     "imagenet/deep_fcn": [*IMAGENET, *NARROW, "--target.options.depth=3"],
     "imagenet/wide_fcn": [*IMAGENET, NARROW[0], "--target.options.width=16"],
     "imagenet/deep_convnet": [*IMAGENET, NARROW[0], "--target.options.width_per_group=8"],
@@ -68,12 +72,19 @@ OPTIONS = {
 }
 
 
+def short_guides(recipe: str) -> list[str]:
+    """The variants of a recipe as an option, those with a number of steps of their own at two."""
+    found = yaml.safe_load((FOLDER / f"{recipe}.yaml").read_text()).get("variants", {})
+    short = {name: fields | {"training.steps": 2} for name, fields in found.items() if "training.steps" in fields}
+    return [f"--variants={json.dumps(found | short)}"] if short else []
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_trains(recipe: str, tmp_path: Path) -> None:
     made = {"words": words(tmp_path), "images": images(tmp_path)}
     given = [option.format(**made) for option in OPTIONS[recipe]]
     run = tmp_path / "run"
-    assert main(["train", "--config", recipe, "--run_dir", str(run), *SMALL, *given]) == 0
+    assert main(["train", "--config", recipe, "--run_dir", str(run), *SMALL, *given, *short_guides(recipe)]) == 0
     folders = [p.parent for p in run.rglob("summary.json")]
     assert folders
     for folder in folders:
@@ -121,7 +132,7 @@ def first_guided_losses(run: Path) -> list[float]:
 
 @pytest.mark.slow
 def test_language_model_on_wikitext_under_ddp_and_zero3(tmp_path: Path) -> None:
-    options = ["--config", "rnn_lm_small", f"--task.options.data={needs('wikitext-2')}"]
+    options = ["--config", "small/language_model", "--only=untrained_guide", f"--task.options.data={needs('wikitext-2')}"]
     options += ["--training.steps=4", "--training.log_every=1"]
     losses = []
     for engine in ("cpu", "zero3"):
@@ -134,12 +145,13 @@ def test_language_model_on_wikitext_under_ddp_and_zero3(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["cpu", "zero2"])
 def test_images_from_parquet_and_from_folders(engine: str, tmp_path: Path) -> None:
+    alone = ["--only=untrained_guide"]
     few = ["--training.epochs=null", "--training.steps=2", "--training.log_every=1", "--training.batch_size=64"]
-    cifar = ["--config", "deep_fcn_cifar", f"--task.options.data={needs('cifar10')}", *few]
+    cifar = ["--config", "small/deep_fcn", f"--task.options.data={needs('cifar10')}", *few, *alone]
     assert launch(engine, tmp_path / "cifar", *cifar, "--target.options.first_width=64")["num_unreadable"] == 0
     # 500 validation images of 224 x 224, some of them greyscale.
     folder = f"--task.options={{data: {needs('imagenette')}, image_size: 64}}"
-    imagenette = ["--config", "deep_fcn_cifar", folder, *few, "--target.options.first_width=64"]
+    imagenette = ["--config", "small/deep_fcn", folder, *few, *alone, "--target.options.first_width=64"]
     summary = launch(engine, tmp_path / "imagenette", *imagenette)
     assert summary["num_unreadable"] == 0
     assert summary["validation"]["loss"] > 0  # type: ignore[index]
@@ -154,10 +166,10 @@ def test_a_broken_image_is_named_in_the_summary_and_has_no_part(tmp_path: Path) 
             for i in range(count):
                 Picture.fromarray(generator.integers(256, size=(20, 20, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     (tmp_path / "data/train/dog/3.png").write_bytes(b"no image at all")
-    options = ["--config", "deep_fcn_cifar", f"--task.options.data={tmp_path / 'data'}", *SMALL, *NARROW]
-    options += ["--training.batch_size=12", "--guidance.weight=0"]
+    options = ["--config", "small/deep_fcn", f"--task.options.data={tmp_path / 'data'}", *SMALL, *NARROW]
+    options += ["--training.batch_size=12", "--only=unguided"]
     assert main(["train", "--run_dir", str(tmp_path / "run"), *options]) == 0
-    summary = read_summary(tmp_path / "run")
+    summary = read_summary(tmp_path / "run/unguided")
     assert summary is not None
     assert summary["num_unreadable"] == 1
     assert summary["unreadable"][0].endswith("train/dog/3.png")
@@ -183,5 +195,5 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Mo
     for words in programs:
         given = [data if word == "PATH" else word for word in words]
         if given[0] == "train":
-            given += [*SMALL, *(NARROW if "deep_fcn_cifar" in given else []), "--training.micro_batch_size=null"]
+            given += [*SMALL, *(NARROW if "small/deep_fcn" in given else []), "--training.micro_batch_size=null"]
         assert main(given) == 0, given

@@ -20,10 +20,10 @@ MAX_LINES = 300
 
 # From the bottom up: a module imports from its own layer and from those before it.
 LAYERS = [
-    {"config", "disk", "lookup", "rows", "stopwatch"},
+    {"config", "disk", "gradient_watch", "lookup", "rows", "stopwatch"},
     {"statistics", "similarity", "models", "tasks", "activations", "guide", "guide_weights"},
     {"layer_weights"},
-    {"objective", "layer_map", "data_order", "schedule", "noise", "distillation"},
+    {"objective", "layer_map", "data_order", "schedule", "reading", "distillation"},
     {"layer_rows"},
     {"step"},
     {"guidance"},

@@ -20,7 +20,7 @@ from scale_guide.__main__ import main
 from scale_guide.config import GuidanceConfig, OptimizerConfig, Recipe
 from scale_guide.engine import Engine
 from scale_guide.guidance import Guidance
-from scale_guide.noise import with_noise
+from scale_guide.reading import Draws, Reading, with_noise
 from scale_guide.schedule import Schedule, describe
 from scale_guide.tracking import read_metrics
 from scale_guide.trainer import StepLog, guided_step
@@ -128,7 +128,7 @@ def test_a_warmup_step_minimises_the_guidance_loss_alone(warmup: Any, mask: floa
     batches = [{name: value[rows] for name, value in whole.items()} for rows in (slice(8), slice(8, 16))]
     read = batches
     if warmup != "data":
-        read = with_noise(batches, warmup, task, seed=4, step=9, rank=0, world_size=1)
+        read = with_noise(batches, warmup, task, Draws(seed=4, step=9))
     x = torch.cat([batch["input"] for batch in read])
     first = target.first(x)
     second = target.second(first.tanh())
@@ -145,7 +145,7 @@ def test_a_warmup_step_minimises_the_guidance_loss_alone(warmup: Any, mask: floa
     backward = engine.backward
     engine.backward = lambda loss: handed.append(loss.detach()) or backward(loss)  # type: ignore[method-assign]
     log = guided_step(
-        batches, target=prepared, task=task, engine=engine, guidance=guidance, warmup=warmup, seed=4, step=9
+        batches, target=prepared, task=task, engine=engine, guidance=guidance, reading=Reading(warmup), seed=4, step=9
     )
     guidance.close()
     assert log.guidance_loss is not None

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.transforms import v2
 
-from scale_guide.tasks import Batch, logits, ratio, stack
+from scale_guide.tasks import Batch, logits, ratio
 from scale_guide.tasks._images import ImageSource, Unreadable, open_images
+from scale_guide.tasks._labelled import Labelled
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 NUM_DIGITS_TRAIN = 1400  # of 1,797, as in PAPER.md section 6
@@ -54,10 +55,8 @@ class ImageData:
         return {"input": image, "target": torch.tensor(target), "weight": torch.tensor(weight)}
 
 
-class ImageClassification:
+class ImageClassification(Labelled):
     """The task: cross-entropy, top-1 and top-5 accuracy per image."""
-
-    score = "accuracy"
 
     def __init__(self, train: ImageData, validation: ImageData, num_classes: int) -> None:
         self.train = train
@@ -65,36 +64,18 @@ class ImageClassification:
         size = train.image_size
         self.facts: dict[str, Any] = {"num_classes": num_classes, "input_shape": (3, size, size)}
 
-    def collate(self, samples: list[dict[str, Tensor]]) -> Batch:
-        """Batch of `input` [B, 3, H, W], `target` and `weight` [B]."""
-        return stack(samples)
-
     def sample_name(self, index: int) -> str:
         """What to call training sample number `index` in a message: its file, or its row."""
         return self.train.source.name(index)
 
-    def scored(self, batch: Batch) -> Tensor:
-        """Weight of each image, fp32 [B]."""
-        return batch["weight"]
-
-    def count(self, batch: Batch) -> Tensor:
-        """Number of scored images, float64 scalar."""
-        return self.scored(batch).sum(dtype=torch.float64)
-
-    def loss(self, output: Any, batch: Batch) -> Tensor:
-        """Sum of the cross-entropy over scored images, in nats."""
-        losses = functional.cross_entropy(logits(output), batch["target"], reduction="none")
-        return (losses * batch["weight"]).sum()
-
     @torch.no_grad()
     def scores(self, output: Any, batch: Batch) -> dict[str, Tensor]:
         """Sums over scored images: loss, correct (top-1), correct_top5, count."""
-        values, target, weight = logits(output), batch["target"], batch["weight"]
-        best = values.topk(min(5, values.shape[1]), dim=1).indices
-        right = best == target[:, None]
-        losses = functional.cross_entropy(values, target, reduction="none")
-        sums = {"loss": losses, "correct": right[:, 0], "correct_top5": right.any(1), "count": torch.ones_like(weight)}
-        return {name: (value * weight).sum(dtype=torch.float64) for name, value in sums.items()}
+        values, weight = logits(output), batch["weight"]
+        right = values.topk(min(5, values.shape[1]), dim=1).indices == batch["target"][:, None]
+        correct = {"correct": right[:, 0] * weight, "correct_top5": right.any(1) * weight}
+        sums = {"loss": self.losses(output, batch), **correct, "count": weight}
+        return {name: value.sum(dtype=torch.float64) for name, value in sums.items()}
 
     def summarize(self, sums: dict[str, float]) -> dict[str, float]:
         """Loss (nats per image), accuracy (top-1) and top5_accuracy, both in 0..1."""

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from scale_guide.tasks import Batch, logits, ratio, stack
+from scale_guide.tasks import Batch, logits, ratio
 from scale_guide.tasks._generated import GeneratedSequences, make_splits
+from scale_guide.tasks._labelled import Labelled
 
 PADDING, VOCAB_SIZE = 2, 3
 
@@ -26,10 +26,8 @@ def _sample(random: np.random.Generator, length: int, longest: int) -> dict[str,
     return {"input": tokens, "target": tokens[:length].sum() % 2, "mask": torch.arange(longest) < length}
 
 
-class Parity:
+class Parity(Labelled):
     """The task: cross-entropy and accuracy per sequence."""
-
-    score = "accuracy"
 
     def __init__(self, train: GeneratedSequences, validation: GeneratedSequences) -> None:
         self.train = train
@@ -41,29 +39,12 @@ class Parity:
             "padding_id": PADDING,
         }
 
-    def collate(self, samples: list[dict[str, Tensor]]) -> Batch:
-        """Batch of `input` and `mask` [B, T], `target` and `weight` [B]."""
-        return stack(samples)
-
-    def scored(self, batch: Batch) -> Tensor:
-        """Weight of each sequence, fp32 [B]."""
-        return batch["weight"]
-
-    def count(self, batch: Batch) -> Tensor:
-        """Number of sequences, float64 scalar."""
-        return self.scored(batch).sum(dtype=torch.float64)
-
-    def loss(self, output: Any, batch: Batch) -> Tensor:
-        """Sum of the cross-entropy over sequences, in nats."""
-        losses = functional.cross_entropy(logits(output), batch["target"], reduction="none")
-        return (losses * batch["weight"]).sum()
-
     @torch.no_grad()
     def scores(self, output: Any, batch: Batch) -> dict[str, Tensor]:
         """Sums over sequences: loss, correct, count."""
         right = (logits(output).argmax(-1) == batch["target"]) * batch["weight"]
-        loss = self.loss(output, batch).double()
-        return {"loss": loss, "correct": right.sum(dtype=torch.float64), "count": self.count(batch)}
+        sums = {"loss": self.losses(output, batch), "correct": right, "count": batch["weight"]}
+        return {name: value.sum(dtype=torch.float64) for name, value in sums.items()}
 
     def summarize(self, sums: dict[str, float]) -> dict[str, float]:
         """Loss (nats per sequence) and accuracy."""

@@ -8,7 +8,7 @@ import toy
 from torch import Tensor
 
 from scale_guide.config import GuideConfig, Recipe
-from scale_guide.noise import check_inputs, with_noise
+from scale_guide.reading import Draws, check_inputs, with_noise
 from scale_guide.tasks import copy_paste, parity
 
 
@@ -18,7 +18,7 @@ def test_noise_is_a_function_of_seed_step_and_place_in_the_global_batch() -> Non
     task = toy.build()
 
     def noise(k: int, rank: int, world_size: int, *, seed: int = 7, step: int = 3) -> list[Tensor]:
-        made = with_noise([batch] * k, "noise", task, seed=seed, step=step, rank=rank, world_size=world_size)
+        made = with_noise([batch] * k, "noise", task, Draws(seed, step, rank, world_size))
         assert all(torch.equal(one["weight"], batch["weight"]) for one in made), "an unreadable sample stays one"
         return [one["input"] for one in made]
 
@@ -32,11 +32,11 @@ def test_noise_is_a_function_of_seed_step_and_place_in_the_global_batch() -> Non
 
 
 def test_noise_of_numbers() -> None:
-    batch, place = {"input": torch.zeros(64, 500)}, {"seed": 0, "step": 0, "rank": 0, "world_size": 1}
-    (normal,) = with_noise([batch], "noise", toy.build(), **place)
+    batch, draws = {"input": torch.zeros(64, 500)}, Draws(seed=0, step=0)
+    (normal,) = with_noise([batch], "noise", toy.build(), draws)
     assert abs(float(normal["input"].mean())) < 0.02
     assert float(normal["input"].std()) == pytest.approx(1, abs=0.02)
-    (released,) = with_noise([batch], "released_noise", toy.build(), **place)
+    (released,) = with_noise([batch], "released_noise", toy.build(), draws)
     assert torch.equal(released["input"], (1.1 * normal["input"]).clamp(0, 1))
 
 
@@ -44,7 +44,7 @@ def test_noise_holds_no_padding_of_its_own() -> None:
     """Models read lengths off the padding, and a token of it among the others would shorten the sequence."""
     task = parity.build(max_length=9, num_train=40, num_validation=1)
     batch = task.collate([task.train[i] for i in range(40)])
-    (noisy,) = with_noise([batch], "noise", task, seed=0, step=0, rank=0, world_size=1)
+    (noisy,) = with_noise([batch], "noise", task, Draws(seed=0, step=0))
     assert set(noisy["input"][batch["mask"]].tolist()) == {0, 1}
     assert set(noisy["input"][~batch["mask"]].tolist()) == {2}
 
@@ -52,7 +52,7 @@ def test_noise_holds_no_padding_of_its_own() -> None:
 def test_noise_of_tokens_keeps_lengths() -> None:
     task = copy_paste.build(min_length=2, max_length=30, num_train=40, num_validation=1)
     batch = task.collate([task.train[i] for i in range(40)])
-    (noisy,) = with_noise([batch], "noise", task, seed=0, step=0, rank=0, world_size=1)
+    (noisy,) = with_noise([batch], "noise", task, Draws(seed=0, step=0))
     tokens, mask = noisy["input"], batch["mask"]
     assert tokens.dtype == batch["input"].dtype
     assert set(tokens[mask].tolist()) == set(range(13))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -13,7 +14,54 @@ from scale_guide.config import GuideInput, Recipe, WarmupInput
 from scale_guide.tasks import Batch, Task
 
 _WARMUP, _OF_GUIDE, _ORDER = 1, 2, 3
-"""Keep the draws for a micro-batch apart from each other, and from its dropout masks, which are seeded alike."""
+"""Streams of draws, apart from each other and from the one without a number: the masks of dropout."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Seeds of all that is drawn in a step, for this rank.
+
+    They follow (seed, step, number of the micro-batch within the global batch) alone: W processes x k micro-batches
+    draw the same as 1 x (W k).
+    """
+
+    seed: int
+    step: int
+    rank: int = 0
+    world_size: int = 1
+
+    def seed_of(self, j: int, *stream: int) -> int:
+        """Returns the seed of a stream for this rank's micro-batch j, 32 bits."""
+        key = [self.seed % 2**64, self.step, j * self.world_size + self.rank, *stream]
+        return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+    def generator(self, j: int, *stream: int) -> torch.Generator:
+        """Returns a generator, on the host, of that seed."""
+        return torch.Generator().manual_seed(self.seed_of(j, *stream))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What both networks read in a step; by default the data.
+
+    Attributes:
+        warmup: What a step of the warm-up reads, which minimises the guidance loss alone; None: not such a step.
+        noise_for: Who reads it, if it is noise.
+        guide_input: What the guide reads beside the target's input.
+    """
+
+    warmup: WarmupInput | None = None
+    noise_for: Literal["both", "guide"] = "both"
+    guide_input: GuideInput = "data"
+
+    @property
+    def target_sees_data(self) -> bool:
+        """Whether the target's output says anything about the task."""
+        return self.warmup in (None, "data") or self.noise_for == "guide"
+
+
+DATA = Reading()
+"""An ordinary step: both networks read the data."""
 
 
 def check_inputs(recipe: Recipe, task: Task, micro_batch_size: int) -> None:
@@ -43,36 +91,20 @@ def _check_noise(field: str, task: Task) -> None:
         )
 
 
-def as_read(
-    micro_batches: Sequence[Batch],
-    task: Task,
-    *,
-    warmup: WarmupInput,
-    noise_for: Literal["both", "guide"],
-    guide_input: GuideInput,
-    seed: int,
-    step: int,
-    rank: int,
-    world_size: int,
-) -> list[Batch]:
+def as_read(micro_batches: Sequence[Batch], task: Task, reading: Reading, draws: Draws) -> list[Batch]:
     """Returns a rank's micro-batches of a step as both networks read them.
 
     `input` is the target's. Where the guide reads something else, that is `guide_input`, of the same shape; where it
     reads other rows of padded sequences, `common_mask` [B, T] says which positions are real in both rows.
-
-    What is drawn follows (seed, step, number of the micro-batch within the global batch) alone: W processes x k
-    micro-batches read the same as 1 x (W k).
     """
-    place = {"seed": seed, "step": step, "rank": rank, "world_size": world_size}
     made = list(micro_batches)
-    if warmup != "data":
-        noisy = with_noise(micro_batches, warmup, task, **place)
-        made = noisy if noise_for == "both" else _for_guide(made, noisy)
-    if guide_input == "noise":
-        made = _for_guide(made, with_noise(micro_batches, "noise", task, stream=_OF_GUIDE, **place))
-    elif guide_input == "shuffled":
-        numbers = [j * world_size + rank for j in range(len(made))]
-        made = [_shuffled(b, _generator(seed, step, n, _ORDER)) for b, n in zip(made, numbers, strict=True)]
+    if reading.warmup not in (None, "data"):
+        noisy = with_noise(micro_batches, reading.warmup, task, draws)
+        made = noisy if reading.noise_for == "both" else _for_guide(made, noisy)
+    if reading.guide_input == "noise":
+        made = _for_guide(made, with_noise(micro_batches, "noise", task, draws, stream=_OF_GUIDE))
+    elif reading.guide_input == "shuffled":
+        made = [_shuffled(batch, draws.generator(j, _ORDER)) for j, batch in enumerate(made)]
     return made
 
 
@@ -98,15 +130,7 @@ def _shuffled(batch: Batch, generator: torch.Generator) -> Batch:
 
 
 def with_noise(
-    micro_batches: Sequence[Batch],
-    kind: WarmupInput,
-    task: Task,
-    *,
-    seed: int,
-    step: int,
-    rank: int,
-    world_size: int,
-    stream: int = _WARMUP,
+    micro_batches: Sequence[Batch], kind: WarmupInput, task: Task, draws: Draws, *, stream: int = _WARMUP
 ) -> list[Batch]:
     """Returns a rank's micro-batches of a step with noise for `input` [B, ...], everything else as it was.
 
@@ -115,16 +139,8 @@ def with_noise(
     [B, T] says padding, padding stays: the sequences keep the lengths of the data, for the models, which read lengths
     off the padding, and for the rows alike.
     """
-    changed = []
-    for j, batch in enumerate(micro_batches):
-        generator = _generator(seed, step, j * world_size + rank, stream)
-        changed.append(batch | {"input": _draw(batch, kind, task, generator)})
-    return changed
-
-
-def _generator(seed: int, step: int, number: int, stream: int) -> torch.Generator:
-    key = [seed % 2**64, step, number, stream]
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+    drawn = (_draw(batch, kind, task, draws.generator(j, stream)) for j, batch in enumerate(micro_batches))
+    return [batch | {"input": noise} for batch, noise in zip(micro_batches, drawn, strict=True)]
 
 
 def _draw(batch: Batch, kind: WarmupInput, task: Task, generator: torch.Generator) -> Tensor:
