@@ -45,8 +45,8 @@ SAMPLE = 65536
 COMMON, PRIVATE = 4, 4
 
 
-def make_rows(size: Size, rank: int) -> tuple[Tensor, Tensor]:
-    """Returns this rank's x [b, p] and y [b, q]: noise, common directions, and as many of each one's own.
+def make_rows(size: Size, rank: int, mean: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Returns this rank's x [b, p] and y [b, q]: `mean`, noise, common directions, and as many of each one's own.
 
     Neither near 0 nor near 1: a peer that clamps CKA to 0..1 would have no gradient there.
     """
@@ -56,7 +56,7 @@ def make_rows(size: Size, rank: int) -> tuple[Tensor, Tensor]:
     for width in (size.p, size.q):
         latent = torch.cat([common, torch.randn(size.b, PRIVATE, generator=ours)], dim=1)
         rows = torch.randn(size.b, width, generator=ours)
-        result.append(rows.addmm_(latent, torch.randn(COMMON + PRIVATE, width, generator=everyone)))
+        result.append(rows.addmm_(latent, torch.randn(COMMON + PRIVATE, width, generator=everyone)).add_(mean))
     return result[0], result[1]
 
 
@@ -115,7 +115,9 @@ def too_slow(seconds: dict[str, float], limit_s: float) -> dict[str, str]:
     return out
 
 
-def time_point(size: Size, chosen: list[Method], repeats: int, point_s: float, memory_gb: float) -> dict[str, Any]:
+def time_point(
+    size: Size, chosen: list[Method], mean: float, repeats: int, point_s: float, memory_gb: float
+) -> dict[str, Any]:
     """Returns every figure of one point. Collective: every rank takes part in each decision."""
     start = time.perf_counter()
     give_back_memory()
@@ -124,7 +126,7 @@ def time_point(size: Size, chosen: list[Method], repeats: int, point_s: float, m
     left = _without(chosen, skipped)
     figures: dict[str, dict[str, Any]] = {}
     if left:
-        x, y = make_rows(size, dist.get_rank())
+        x, y = make_rows(size, dist.get_rank(), mean)
         calibration = Calibration(left, x[:8, :8].clone(), y[:8, :8].clone())
         expected = agreed({m.name: calibration.seconds(m, m.cost(size)) for m in left})
         figures = first_turn(left, x, y, expected, start + point_s, skipped)
@@ -228,7 +230,7 @@ def take_turns(
 
 
 def points(
-    put: Put, sizes: Sequence[Size], wanted: Sequence[str], repeats: int, point_s: float, memory_gb: float
+    put: Put, sizes: Sequence[Size], wanted: Sequence[str], mean: float, repeats: int, point_s: float, memory_gb: float
 ) -> None:
     """Puts the figures of one point after another."""
     named = [m for m in methods().values() if m.name == AUTO or not wanted or any(w in m.name for w in wanted)]
@@ -238,7 +240,7 @@ def points(
         method.load()
     gc.freeze()  # modules are never freed: without them a collection takes no time
     for size in sizes:
-        put(time_point(size, chosen, repeats, point_s, memory_gb))
+        put(time_point(size, chosen, mean, repeats, point_s, memory_gb))
 
 
 def read_options() -> argparse.Namespace:
@@ -247,6 +249,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--grid", action="store_true", help="N 64 to 16,384, p and q 64 to 65,536, W 1, 2 and 4")
     parser.add_argument("--processes", default="", help="numbers of processes, with commas")
     parser.add_argument("--repeats", type=int, default=9, help="turns, if there is time")
+    parser.add_argument("--mean", type=float, default=0.0, help="added to all numbers, which spread by 3")
     parser.add_argument("--point_s", type=float, default=120, help="seconds for one point")
     parser.add_argument("--memory_gb", type=float, default=20, help="most memory, over all ranks")
     parser.add_argument("--methods", default="", help="only methods whose name holds one of these, with commas")
@@ -274,7 +277,7 @@ def main() -> int:
     found: dict[str, Any] = {"machine": machine(), "command": sys.argv[1:], "points": []}
     print(found["machine"])
     for sizes in options.points:
-        given = (sizes, wanted, options.repeats, options.point_s, options.memory_gb)
+        given = (sizes, wanted, options.mean, options.repeats, options.point_s, options.memory_gb)
         for point in in_processes(points, sizes[0].w, *given):
             similarity_report.judge(point)
             found["points"].append(point)
