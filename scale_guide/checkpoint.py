@@ -15,6 +15,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
 from scale_guide.config import Recipe
 from scale_guide.engine import Engine
 
@@ -76,6 +79,33 @@ def whole_checkpoints(run_dir: Path) -> list[Path]:
     folders = (run_dir / "checkpoints").glob("step_*")
     whole = [f for f in folders if f.name.removeprefix("step_").isdigit() and read_manifest(f) is not None]
     return sorted(whole, key=step_of)
+
+
+def load_target(target: nn.Module, run_dir: Path) -> str:
+    """Loads the weights of a run into its target; returns where they came from.
+
+    Raises:
+        ValueError: neither finished weights nor a whole checkpoint.
+    """
+    finished = run_dir / "target" / "model.safetensors"
+    checkpoints = whole_checkpoints(run_dir)
+    if (run_dir / "summary.json").exists() and finished.exists():
+        state, source = load_file(finished), str(finished)
+    elif checkpoints:
+        state, source = _checkpoint_weights(checkpoints[-1]), f"{checkpoints[-1]} (step {step_of(checkpoints[-1])})"
+    else:
+        raise ValueError(f"RUN={str(run_dir)!r} holds neither finished weights nor a whole checkpoint yet.")
+    target.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
+    return source
+
+
+def _checkpoint_weights(folder: Path) -> dict[str, Tensor]:
+    if (folder / "model.safetensors").exists():
+        return load_file(folder / "model.safetensors")
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    weights: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag="pytorch_model")
+    return weights
 
 
 class Checkpoints:
@@ -161,8 +191,6 @@ class Checkpoints:
         partial = final.with_name(final.name + PARTIAL)
         if self._failed(self._make_room(partial), partial):
             return False
-        # Each rank's own layer statistics would be lost: the main rank's alone are written.
-        self.engine.average_buffers()
         if self._failed(self.engine.save_state(partial), partial):
             return False
         return not self._failed(self._publish(partial, final, step) if self.engine.is_main else "", partial)

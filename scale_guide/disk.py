@@ -10,17 +10,17 @@ from typing import Any
 from safetensors import SafetensorError
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a small text file so that it is either the old one or the new one, never half."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a small file, text as UTF-8, so that it is either the old one or the new one, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".partial")
-    draft.write_text(text)
+    draft.write_bytes(content.encode() if isinstance(content, str) else content)
     draft.replace(path)
 
 
 def _is_write_error(error: Exception) -> bool:
     # torch's writers raise RuntimeError for a full disk; other RuntimeErrors are bugs and must be seen.
-    signs = ("inline_container", "PytorchStreamWriter", "No space left", "write()", "File too large")
+    signs = ("inline_container", "iostream error", "PytorchStreamWriter", "No space left", "write()", "File too large")
     return not isinstance(error, RuntimeError) or any(sign in str(error) for sign in signs)
 
 

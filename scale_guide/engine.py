@@ -22,11 +22,13 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, gather_object
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from scale_guide.disk import note, write_errors_noted
 from scale_guide.launch import check_engine, check_gpus, check_trackers, deepspeed_config, wants_deepspeed
+from scale_guide.running_statistics import averaged, running_statistics
 
 
 class Engine:
@@ -56,7 +58,7 @@ class Engine:
             project_dir=logging_dir,
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s), **backend),
-                # Each rank keeps its own BatchNorm statistics, as under DeepSpeed; average_buffers() joins them.
+                # Each rank keeps its own BatchNorm statistics, as under DeepSpeed; averaged_buffers() joins them.
                 DistributedDataParallelKwargs(broadcast_buffers=False),
             ],
         )
@@ -226,28 +228,19 @@ class Engine:
         """Returns the lists of every rank, joined. Collective."""
         return list(gather_object(items))
 
-    def average_buffers(self, model: nn.Module | None = None) -> None:
-        """Replaces the running statistics of normalisation layers by their mean over ranks. Collective.
-
-        Running statistics are linear in the batches, so averaging now and again changes nothing in the mean.
-        """
-        layers = [m for m in self.unwrap(model or self._model).modules() if isinstance(m, _NormBase)]
-        buffers = [b for m in layers for b in (m.running_mean, m.running_var) if b is not None]
-        if self.world_size == 1 or not buffers:
-            return
-        means = self.sum(torch.cat([b.flatten().double() for b in buffers])) / self.world_size
-        for buffer in buffers:
-            buffer.copy_(means[: buffer.numel()].view_as(buffer))
-            means = means[buffer.numel() :]
+    def averaged_buffers(self, model: nn.Module | None = None) -> contextlib.AbstractContextManager[None]:
+        """While inside, running statistics are their mean over ranks; after it each rank's own again. Collective."""
+        return averaged(self.unwrap(model or self._model), self.sum, self.world_size)
 
     # State
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the target's weights on the CPU, no two sharing memory; empty off the main rank. Collective."""
-        state = self.accelerator.get_state_dict(self._model)
-        if not self.is_main:
-            return {}
-        return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
+        with self.averaged_buffers():
+            state = self.accelerator.get_state_dict(self._model)
+            if not self.is_main:
+                return {}
+            return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
 
     def save_state(self, folder: Path) -> str:
         """Writes target and optimizer into `folder`; returns "" or why this rank could not. Collective.
@@ -261,7 +254,11 @@ class Engine:
                 for owner, call in ((writer, "save"), (writer, "makedirs"), (self._model, "_copy_recovery_script")):
                     guards.enter_context(write_errors_noted(owner, call, problems))
             try:
-                self.accelerator.save_state(str(folder), save_latest=False)
+                with self.averaged_buffers():
+                    self.accelerator.save_state(str(folder), save_latest=False)
+                own = running_statistics(self.unwrap(self._model))
+                if self.world_size > 1 and own:
+                    save_file({name: buffer.contiguous() for name, buffer in own.items()}, self._own_buffers(folder))
             except (OSError, RuntimeError, SafetensorError) as error:
                 note(error, problems)
         return problems[0] if problems else ""
@@ -269,6 +266,14 @@ class Engine:
     def load_state(self, folder: Path) -> None:
         """Reads what `save_state` wrote. Collective."""
         self.accelerator.load_state(str(folder))
+        own = load_file(self._own_buffers(folder)) if self._own_buffers(folder).exists() else {}
+        for name, buffer in running_statistics(self.unwrap(self._model)).items():
+            if name in own:
+                buffer.copy_(own[name])
+
+    def _own_buffers(self, folder: Path) -> Path:
+        """Returns the file of what this rank alone has: every other file of a state is the same for all, or shared."""
+        return folder / f"running_statistics_{self.rank}.safetensors"
 
     # Trackers
 

@@ -25,7 +25,7 @@ class GradientWatch:
         self._sums = []
 
     def sums(self) -> tuple[float, float]:
-        """Returns both sums since `reset`: of what came from guidance, and from above; zeros if nothing was watched."""
+        """Returns both sums since `reset`: of what came from guidance, and from above; zeros if none was watched."""
         totals = torch.stack(self._sums).sum(dim=0).tolist() if self._sums else [0.0, 0.0]
         return totals[0], totals[1]
 

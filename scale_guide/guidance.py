@@ -209,8 +209,8 @@ class Guidance:
         """The last step's figures, alike on every rank unless said otherwise; reading them waits for the device.
 
         pairs: "target <- guide" -> {similarity, debiased, floor}; gradient_square: this rank's share of the squared
-        norm of the gradient at the activations (sum it over ranks); watched: `watch.sums()` of this rank; seconds: this rank's time in guidance, the
-        guide's forward included; bytes: what this rank handed to collectives.
+        norm of the gradient at the activations (sum it over ranks); watched: this rank's `watch.sums()`; seconds: its
+        time in guidance, the guide's forward included; bytes: what it handed to collectives.
 
         Raises:
             ValueError: a similarity that is not a number, on every rank alike.

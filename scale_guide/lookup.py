@@ -167,7 +167,7 @@ def recipe_path(name: str) -> Path:
 
 
 def recipe_name(path: Path) -> str:
-    """Returns what to call the recipe or flavour in a file, e.g. imagenet/deep_fcn; a user's goes by its file's name."""
+    """Returns the name of the recipe in a file, e.g. imagenet/deep_fcn; a flavour or a user's has its file's."""
     shipped = PACKAGE / "recipes"
     inside = path.is_relative_to(shipped) and path.parent.name != "flavours"
     return path.relative_to(shipped).with_suffix("").as_posix() if inside else path.stem

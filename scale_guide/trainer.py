@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from scale_guide.config import OptimizerConfig, Recipe
 from scale_guide.distillation import Distillation
@@ -18,6 +16,7 @@ from scale_guide.engine import Engine
 from scale_guide.guidance import Guidance
 from scale_guide.objective import inject
 from scale_guide.reading import DATA, Draws, Reading, as_read
+from scale_guide.running_statistics import paused
 from scale_guide.tasks import Batch, Task
 
 
@@ -133,7 +132,7 @@ def _gather_statistics(micro_batches: Sequence[Batch], forward: _Forward) -> Non
     """Does the first pass: the statistics of all micro-batches, reduced over ranks."""
     engine, guidance = forward.engine, forward.guidance
     assert guidance is not None, "without guidance one pass does"
-    with torch.no_grad(), batch_norm_paused(engine.unwrap(forward.target)):
+    with torch.no_grad(), paused(engine.unwrap(forward.target)):
         for j, host_batch in enumerate(micro_batches):
             forward(engine.to_device(host_batch), j)
             guidance.collect()
@@ -214,9 +213,9 @@ def step_values(log: StepLog, engine: Engine, guidance: Guidance | None) -> dict
     """Returns what a step says of itself, by its names in metrics.jsonl. Collective.
 
     task_loss is the mean over scored terms, None where it was not computed (a warm-up on noise); distillation_loss,
-    where there is one, is the same mean with its weight. gradient_norm_at_activations is that of guidance's gradient at
-    the guided layers; upper_gradient_norm_at_activations that of what else arrives there, from the task and from the
-    guidance of later layers, None where it was not watched.
+    where there is one, is the same mean with its weight. gradient_norm_at_activations is that of guidance's gradient
+    at the guided layers; upper_gradient_norm_at_activations that of what else arrives there, from the task and from
+    the guidance of later layers, None where it was not watched.
     """
     values: dict[str, Any] = {"task_loss": None}
     if log.task_sum is not None:
@@ -267,16 +266,3 @@ def count_steps(recipe: Recipe, per_epoch: int) -> int:
     if num_steps < 1:
         raise ValueError(f"training: epochs={epochs}, steps={steps} makes {num_steps} steps. Give at least one step.")
     return num_steps
-
-
-@contextlib.contextmanager
-def batch_norm_paused(model: nn.Module) -> Iterator[None]:
-    """While inside, forward passes in training mode use each batch's statistics and update no running ones."""
-    layers = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
-    for layer in layers:
-        layer.track_running_stats = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.track_running_stats = True

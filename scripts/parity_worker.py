@@ -51,7 +51,7 @@ def plant(bug: str) -> None:
     elif bug == "masks":
         _draw_other_masks_first()
     elif bug == "running":
-        trainer.batch_norm_paused = lambda _: contextlib.nullcontext()
+        trainer.paused = lambda _: contextlib.nullcontext()
 
 
 def _scale_home_gradients() -> None:

@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
-from safetensors.torch import load_file
-from torch import Tensor, nn
 
 from scale_guide.build import build_network, build_task
-from scale_guide.checkpoint import step_of, whole_checkpoints
+from scale_guide.checkpoint import load_target
 from scale_guide.commands import user_errors
 from scale_guide.engine import Engine
 from scale_guide.evaluate import evaluate
@@ -38,30 +36,3 @@ def main(arguments: Sequence[str]) -> int:
         print(json.dumps({"run": str(run_dir), "weights": source, **scores}))
     engine.close()
     return 0
-
-
-def load_target(target: nn.Module, run_dir: Path) -> str:
-    """Loads the weights of a run into its target; returns where they came from.
-
-    Raises:
-        ValueError: neither finished weights nor a whole checkpoint.
-    """
-    finished = run_dir / "target" / "model.safetensors"
-    checkpoints = whole_checkpoints(run_dir)
-    if (run_dir / "summary.json").exists() and finished.exists():
-        state, source = load_file(finished), str(finished)
-    elif checkpoints:
-        state, source = _checkpoint_weights(checkpoints[-1]), f"{checkpoints[-1]} (step {step_of(checkpoints[-1])})"
-    else:
-        raise ValueError(f"RUN={str(run_dir)!r} holds neither finished weights nor a whole checkpoint yet.")
-    target.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
-    return source
-
-
-def _checkpoint_weights(folder: Path) -> dict[str, Tensor]:
-    if (folder / "model.safetensors").exists():
-        return load_file(folder / "model.safetensors")
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    weights: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag="pytorch_model")
-    return weights
