@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from scale_guide.bad_steps import BadNumbersError
 from scale_guide.checkpoint import SaveError
 from scale_guide.commands import UserError
 from scale_guide.lookup import closest
@@ -16,7 +17,9 @@ COMMANDS = {
     "layers": "list the layers of both networks, their shapes, and the pairs; --measure: the rows each pair needs",
     "plan": "say what the guidance of a recipe costs on N processes, without allocating weights",
     "evaluate": "score the target of a finished or running run",
-    "report": "compare runs: a table and curves",
+    "report": "compare runs and seeds: tables, pictures, and one page to send to a colleague",
+    "similarity": "compare the layers of two networks, or of a run's target and guide: a map of CKA, and dimensions",
+    "consistency": "compare the mistakes of networks: error consistency, intervals and bounds",
 }
 
 
@@ -24,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, or 2 after an error of the user's."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
-        print("usage: scale-guide COMMAND ...\n\n" + "\n".join(f"  {n:9} {text}" for n, text in COMMANDS.items()))
+        print("usage: scale-guide COMMAND ...\n\n" + "\n".join(f"  {n:11} {text}" for n, text in COMMANDS.items()))
         print("\n`scale-guide COMMAND --help` lists a command's options.")
         return 0
     try:
@@ -34,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         command = importlib.import_module(f"{__package__}.commands.{given[0]}")
         return int(command.main(given[1:]))
-    except (UserError, SaveError) as error:
+    except (UserError, SaveError, BadNumbersError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"scale-guide: error: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, UserError) else 1

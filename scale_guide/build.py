@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from scale_guide import lookup
 from scale_guide.activations import Recorder
-from scale_guide.config import Recipe
+from scale_guide.config import GuideConfig, Recipe, TargetConfig
 from scale_guide.data_order import SeededDataset
 from scale_guide.distillation import Distillation, check_alike
 from scale_guide.guidance import Guidance
@@ -42,12 +43,30 @@ def build_network(kind: str, recipe: Recipe, task: Task) -> nn.Module:
     Raises:
         ValueError: an unknown model or option, or one that is no network.
     """
-    config = recipe.target if kind == "target" else recipe.guide
+    if kind == "target":
+        return make_network(recipe.target, task.facts, seed=recipe.training.seed, field=kind)
+    return make_network(recipe.guide, task.facts, seed=recipe.guide.seed, field=kind)
+
+
+def make_network(config: TargetConfig | GuideConfig, facts: Mapping[str, Any], *, seed: int, field: str) -> nn.Module:
+    """Returns the network that `config` names, initialised from `seed`.
+
+    Args:
+        config: Its name and options.
+        facts: What a task tells a model that asks for it by name.
+        seed: Of its initialisation.
+        field: The recipe's field, for messages.
+
+    Raises:
+        ValueError: an unknown model or option, or one that is no network.
+    """
     with torch.random.fork_rng():
-        torch.manual_seed(recipe.training.seed if kind == "target" else recipe.guide.seed)
-        network = lookup.call(lookup.find("models", config.name), config.options, task.facts, field=f"{kind}.options")
+        torch.manual_seed(seed)
+        network = lookup.call(lookup.find("models", config.name), config.options, facts, field=f"{field}.options")
     if not isinstance(network, nn.Module):
-        raise ValueError(f"{kind}.name={config.name!r} builds a {type(network).__name__}; it must build an nn.Module.")
+        raise ValueError(
+            f"{field}.name={config.name!r} builds a {type(network).__name__}; it must build an nn.Module."
+        )
     return network
 
 
@@ -78,7 +97,7 @@ def build_guide(recipe: Recipe, task: Task, device: torch.device) -> Guide:
         device=torch.device("cpu") if recipe.guide.placement == "cpu" else device,
     )
     if recipe.guide.batch_norm == "calibrate":
-        guide.calibrate(_first_inputs(recipe, task, CALIBRATION_ROWS))
+        guide.calibrate(first_inputs(recipe, task, CALIBRATION_ROWS))
     return guide
 
 
@@ -93,7 +112,7 @@ def check_guide(guide: Guide, recipe: Recipe, task: Task, layers: LayerMap) -> N
     modules = [name.partition("#")[0] for name in names]
     recorder = Recorder(guide.model, modules, keep=names, overwritten=layers.overwritten[1])
     with recorder.record():
-        output = guide(_first_inputs(recipe, task, CHECK_ROWS))
+        output = guide(first_inputs(recipe, task, CHECK_ROWS))
     recorder.close()
     found = {name: activation.output for name, activation in recorder.take().items()}
     bad = guide.check_finite(found | ({"output": logits(output)} if recipe.guidance.distillation else {}))
@@ -192,7 +211,8 @@ def _memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _first_inputs(recipe: Recipe, task: Task, num_rows: int) -> torch.Tensor:
+def first_inputs(recipe: Recipe, task: Task, num_rows: int) -> torch.Tensor:
+    """Returns the inputs of the first training samples [at most num_rows, ...]: the same on every rank."""
     samples = SeededDataset(task.train, recipe.training.seed)
     rows = min(num_rows, recipe.training.batch_size, len(task.train))
     return task.collate([samples[0, i] for i in range(rows)])["input"]

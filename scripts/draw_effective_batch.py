@@ -24,7 +24,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from scale_guide.analysis.report import markdown
+from scale_guide.analysis.table import markdown
 from scale_guide.tracking import read_metrics, read_summary
 
 SIZES = (64, 256, 1024)

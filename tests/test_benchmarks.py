@@ -182,6 +182,17 @@ def test_similarity_script_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_map_script_runs() -> None:
+    done = run_script("bench_map.py", "--images=32", "--image_size=32", "--batch_size=16", "--repeats=1")
+    # Whether ours is quicker at such a size is no matter of right and wrong.
+    assert done.returncode in (0, 1), done.stderr
+    name, seconds, ratio, error = done.stdout.splitlines()[4].strip("| ").split(" | ")
+    assert (name, ratio) == ("scale_guide", "1.00")
+    assert float(seconds) > 0
+    assert float(error) < 1e-4
+
+
+@pytest.mark.slow
 def test_memory_script_runs(tmp_path: Path) -> None:
     figures, picture = tmp_path / "figures.json", tmp_path / "figure.png"
     options = ["--settings=tokens", "--processes=1", "--micro_batches=1,4", f"--json={figures}", f"--figure={picture}"]

@@ -59,6 +59,9 @@ class Task:
         right = ((output.argmax(1) == batch["target"]) * batch["weight"]).double().sum()
         return {"right": right, "count": self.count(batch), "loss": self.loss(output, batch).double()}
 
+    def correct(self, output: Tensor, batch: Sample) -> Tensor:
+        return output.argmax(1) == batch["target"]
+
     def summarize(self, sums: dict[str, float]) -> dict[str, float]:
         count = sums["count"]
         return {"loss": sums["loss"] / count, "accuracy": sums["right"] / count, "count": count}

@@ -1,99 +1,137 @@
-"""Runs -> a Markdown table and a picture of their curves."""
+"""Runs -> tables for the terminal and a README, pictures, and one page to send to a colleague."""
 
 from __future__ import annotations
 
+import io
+import json
+import math
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import yaml
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from tqdm import tqdm
+
+from scale_guide.analysis import page
+from scale_guide.analysis.figures import Picture, file_name, pictures
+from scale_guide.analysis.groups import Group, group
+from scale_guide.analysis.records import Record, read_runs
+from scale_guide.analysis.table import Table, compare
 from scale_guide.disk import write_atomically
-from scale_guide.lookup import closest
-from scale_guide.tracking import read_metrics, read_summary
+from scale_guide.tracking import plain
+
+DPI = 150
+TEXT_PX = 12.2
+"""Least height of a figure's text on the page, in CSS pixels."""
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a Markdown table with aligned columns."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in [head, *rows]]
-    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
+@dataclass(frozen=True)
+class Report:
+    """Groups of runs by the name of their recipe, and what is wrong with them, a sentence each."""
+
+    recipes: Mapping[str, Sequence[Group]]
+    problems: Sequence[str]
+
+    def __str__(self) -> str:
+        """What the terminal shows: the tables, with headings if there are several, and the problems."""
+        several = len(self.recipes) > 1
+        tables = [f"## {name}\n\n" * several + str(compare(groups)) for name, groups in self.recipes.items()]
+        return "\n\n".join(tables + _bullets(self.problems))
+
+    @property
+    def records(self) -> list[Record]:
+        """All runs that could be read."""
+        return [record for groups in self.recipes.values() for one in groups for record in one.records]
 
 
-def find_runs(paths: Sequence[Path]) -> dict[str, Path]:
-    """Returns run folders by a short name; a folder that holds variants counts as all of them.
+def read(paths: Sequence[Path]) -> Report:
+    """Returns the runs in and below some folders.
 
     Raises:
         ValueError: a folder without any run.
     """
-    found: dict[str, Path] = {}
-    for path in paths:
-        inside = [path] if (path / "config.yaml").exists() else sorted(p.parent for p in path.glob("*/config.yaml"))
-        if not inside:
-            beside = [str(p.parent) for p in path.parent.glob("*/config.yaml")] if path.parent.exists() else []
-            raise ValueError(f"RUN={str(path)!r} holds no run (no config.yaml){closest(str(path), beside)}.")
-        several = len(paths) > 1
-        found |= {str(run) if several else run.name: run for run in inside}
-    return found
+    records, problems = read_runs(paths)
+    groups, more = group(records)
+    names = dict.fromkeys(one.recipe for one in groups)
+    return Report({name: [one for one in groups if one.recipe == name] for name in names}, problems + more)
 
 
-def table(runs: Mapping[str, Path]) -> str:
-    """Returns one line per run: its validation scores, last losses and time."""
-    summaries = {name: read_summary(path) or {} for name, path in runs.items()}
-    metrics = {name: read_metrics(path) for name, path in runs.items()}
-    scores = list(dict.fromkeys(s for summary in summaries.values() for s in summary.get("validation", {})))
+def write(paths: Sequence[Path], out: Path) -> str:
+    """Writes report.md, report.html and figures/ (PNG and SVG); returns the tables, the problems and the place.
+
+    Args:
+        paths: Run folders, or folders that hold some.
+        out: Where to write.
+
+    Raises:
+        ValueError: a folder without any run, or `out` cannot be made.
+    """
+    found = read(paths)
+    try:
+        (out / "figures").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out={str(out)!r} cannot be made ({error.strerror}). Choose another place.") from error
+    several, runs = len(found.recipes) > 1, _runs(found.records)
+    text, html = [], [page.note(_summary(found.records)), page.problems(found.problems)]
+    for name, groups in found.recipes.items():
+        table = compare(groups)
+        text += [f"## {name}"] * several + [str(table), *table.notes]
+        html += [page.heading(name)] * several + [page.table(table.head, table.rows), *map(page.note, table.notes)]
+        prefix = f"{file_name(name)}_" if several else ""
+        for picture in tqdm(pictures(groups), desc=f"drawing {name}", leave=False, disable=None):
+            png = _save(picture, out / "figures" / f"{prefix}{picture.name}")
+            text += [f"![{picture.name}](figures/{prefix}{picture.name}.png)", picture.caption]
+            html.append(page.image(png, picture.caption, name=picture.name, width=_least_width(picture.figure)))
+    html += [page.heading("Runs"), page.table(runs.head, runs.rows), *map(_details, found.records)]
+    write_atomically(out / "report.md", "\n\n".join([*text, *_bullets(found.problems), str(runs)]) + "\n")
+    write_atomically(out / "report.html", page.whole(_title(found), html))
+    return f"{found}\n\nreport: {out / 'report.html'}"
+
+
+def _title(found: Report) -> str:
+    return "Runs of " + (", ".join(name for name in found.recipes if name) or "scale_guide")
+
+
+def _bullets(problems: Sequence[str]) -> list[str]:
+    return ["\n".join(f"- {problem}" for problem in problems)] if problems else []
+
+
+def _summary(records: Sequence[Record]) -> str:
+    finished = sum(record.state == "finished" for record in records)
+    return f"{len(records)} runs, {finished} of them finished; {time.strftime('%Y-%m-%d %H:%M %Z')}."
+
+
+def _save(picture: Picture, path: Path) -> bytes:
+    """Writes a picture as PNG and SVG; returns the PNG."""
+    for kind in ("svg", "png"):
+        buffer = io.BytesIO()
+        picture.figure.savefig(buffer, format=kind, dpi=DPI)
+        write_atomically(path.with_name(f"{path.name}.{kind}"), buffer.getvalue())
+    return buffer.getvalue()
+
+
+def _least_width(figure: Figure) -> int:
+    """Returns the width in CSS pixels at which no text of a figure is less than TEXT_PX high."""
+    smallest = min(float(text.get_fontsize()) for text in figure.findobj(Text) if text.get_text())
+    return math.ceil(figure.get_figwidth() * 72 / smallest * TEXT_PX)
+
+
+def _runs(records: Sequence[Record]) -> Table:
+    """Returns a row a run."""
+    head = ["run folder", "seed", "steps", "score", "started", "device", "commit"]
     rows = []
-    for name, summary in summaries.items():
-        steps = [line for line in metrics[name] if "task_loss" in line]
-        last: dict[str, Any] = steps[-1] if steps else {}
-        rows.append(
-            [
-                name,
-                str(last.get("step", 0)) + ("" if summary else " (unfinished)"),
-                *(_number(summary.get("validation", {}).get(score)) for score in scores),
-                _number(last.get("task_loss")),
-                _number(last.get("similarity")),
-                f"{summary.get('seconds', last.get('seconds', 0.0)):.0f}",
-            ]
-        )
-    head = ["run", "steps", *(f"validation {score}" for score in scores), "training loss", "similarity", "seconds"]
-    return markdown(head, rows)
+    for record in records:
+        name, facts = record.headline, record.environment
+        score = f"{name} {record.scores[name]:.4g}" if name is not None and name in record.scores else "-"
+        commit = str(facts.get("commit") or "-")[:10]
+        told = [str(facts.get(key, "-")) for key in ("started", "device")]
+        rows.append([str(record.path), str(record.seed), record.progress, score, *told, commit])
+    return Table(head, rows)
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
-
-
-def curves(runs: Mapping[str, Path], path: Path) -> None:
-    """Saves a picture: training loss, mean similarity and each validation score over steps, one line per run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    metrics = {name: read_metrics(run) for name, run in runs.items()}
-    lines = [line for run in metrics.values() for line in run]
-    names = list(dict.fromkeys(n for line in lines for n in line.get("validation", {})))
-    panels = ["task_loss", *(["similarity"] if any("similarity" in line for line in lines) else []), *names]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.6), squeeze=False)
-    for axis, panel in zip(axes[0], panels, strict=True):
-        for name, run in metrics.items():
-            points = [(line["step"], line.get("validation", line).get(panel)) for line in run]
-            points = [(x, y) for x, y in points if y is not None]
-            axis.plot(
-                *zip(*points, strict=True) if points else ([], []), label=name, marker="." if panel in names else ""
-            )
-        axis.set(xlabel="step", title=f"validation {panel}" if panel in names else panel.replace("_", " "))
-        axis.grid(alpha=0.3)
-    axes[0][0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def write(runs: Mapping[str, Path], out: Path) -> str:
-    """Writes report.md and curves.png into `out`; returns the table and where they are."""
-    text = table(runs)
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "report.md", text + "\n\n![curves](curves.png)\n")
-    curves(runs, out / "curves.png")
-    return f"{text}\n\ncurves: {out / 'curves.png'}"
+def _details(record: Record) -> str:
+    environment = json.dumps(record.environment, indent=1)
+    return page.details(str(record.path), f"{yaml.safe_dump(plain(record.recipe), sort_keys=False)}\n{environment}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from scale_guide.analysis.report import markdown
+from scale_guide.analysis.table import markdown
 from scale_guide.build import build_task, plan_guidance, trace_recipe
 from scale_guide.commands import user_errors
 from scale_guide.config import Recipe

@@ -1,4 +1,4 @@
-"""scale-guide report RUN...: a table and curves over runs."""
+"""scale-guide report RUN...: tables, pictures and a page over runs and their seeds."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from scale_guide.commands import user_errors
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints the table and saves the curves; returns 0."""
+    """Prints the tables and saves the report; returns 0."""
     parser = ArgumentParser(prog="scale-guide report")
     parser.add_argument(
-        "runs", nargs="+", type=str, help="Run folders; one that holds variants counts as all of them."
+        "runs", nargs="+", type=str, help="Run folders, or folders that hold some: variants, seeds, recipes."
     )
     parser.add_argument(
-        "--out", type=str, default="", help="Folder of report.md and curves.png; empty: the first run's."
+        "--out",
+        type=str,
+        default="",
+        help="Folder of report.html, report.md and figures/; empty: the first RUN.",
     )
     given = parser.parse_args(list(arguments))
     with user_errors():
-        runs = report.find_runs([Path(run) for run in given.runs])
-        print(report.write(runs, Path(given.out or given.runs[0])))
+        print(report.write([Path(run) for run in given.runs], Path(given.out or given.runs[0])))
     return 0

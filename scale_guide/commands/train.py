@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from scale_guide.analysis import report
 from scale_guide.build import (
     build_guide,
     build_network,
@@ -31,15 +30,16 @@ def main(arguments: Sequence[str]) -> int:
         recipes = variants(recipe, only=chosen["only"])
         check_guide_weights(recipes, recipe.variants)
         engine = Engine(timeout_s=recipe.training.timeout_s, trackers=recipe.trackers, logging_dir=recipe.run_dir)
-    done: dict[str, Path] = {}
+    folder, stopped = Path(recipe.run_dir), False
     for name, variant in recipes.items():
-        if not _train_one(name or Path(recipe.run_dir).name, variant, engine):
+        stopped = not _train_one(name or folder.name, variant, engine)
+        if stopped:
             break
-        done[name or Path(recipe.run_dir).name] = Path(variant.run_dir)
         engine.free()
-    if engine.is_main and len(done) == len(recipes):
-        several = len(done) > 1
-        print("\n" + (report.write(done, Path(recipe.run_dir)) if several else report.table(done)), flush=True)
+    if engine.is_main and not stopped:
+        from scale_guide.analysis import report  # it draws: a second to import, and needed on one rank alone
+
+        print("\n" + (report.write([folder], folder) if len(recipes) > 1 else str(report.read([folder]))), flush=True)
     engine.close()
     return 0
 

@@ -25,7 +25,8 @@ class SizedDataset(Sized, Protocol):
 class Task(Protocol):
     """What is learned. Augmentation draws from torch's global generator alone, which the data order seeds.
 
-    A task whose samples may be unreadable (weight 0) also has `sample_name(index) -> str`, for the summary.
+    A task whose samples may be unreadable (weight 0) also has `sample_name(index) -> str`, for the summary. One with
+    an answer per sample has `correct(output, batch) -> bool [B]`, for error consistency.
     """
 
     train: SizedDataset

@@ -35,3 +35,8 @@ class Labelled:
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """Sum of the cross-entropy over scored samples, in nats."""
         return self.losses(output, batch).sum()
+
+    @torch.no_grad()
+    def correct(self, output: Any, batch: Batch) -> Tensor:
+        """Whether each sample is answered correctly, its largest logit being the answer: bool [B]."""
+        return logits(output).argmax(dim=-1) == batch["target"]

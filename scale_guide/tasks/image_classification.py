@@ -73,7 +73,7 @@ class ImageClassification(Labelled):
         """Sums over scored images: loss, correct (top-1), correct_top5, count."""
         values, weight = logits(output), batch["weight"]
         right = values.topk(min(5, values.shape[1]), dim=1).indices == batch["target"][:, None]
-        correct = {"correct": right[:, 0] * weight, "correct_top5": right.any(1) * weight}
+        correct = {"correct": self.correct(output, batch) * weight, "correct_top5": right.any(1) * weight}
         sums = {"loss": self.losses(output, batch), **correct, "count": weight}
         return {name: value.sum(dtype=torch.float64) for name, value in sums.items()}
 

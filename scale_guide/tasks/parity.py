@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scale_guide.tasks import Batch, logits, ratio
+from scale_guide.tasks import Batch, ratio
 from scale_guide.tasks._generated import GeneratedSequences, make_splits
 from scale_guide.tasks._labelled import Labelled
 
@@ -42,7 +42,7 @@ class Parity(Labelled):
     @torch.no_grad()
     def scores(self, output: Any, batch: Batch) -> dict[str, Tensor]:
         """Sums over sequences: loss, correct, count."""
-        right = (logits(output).argmax(-1) == batch["target"]) * batch["weight"]
+        right = self.correct(output, batch) * batch["weight"]
         sums = {"loss": self.losses(output, batch), "correct": right, "count": batch["weight"]}
         return {name: value.sum(dtype=torch.float64) for name, value in sums.items()}
 
