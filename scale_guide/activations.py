@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from scale_guide.gradient_watch import GradientWatch
 
+
 @dataclass
 class Activation:
     """One fire of one layer.

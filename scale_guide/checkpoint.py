@@ -1,13 +1,12 @@
 """Checkpoints that are either whole or not there: written under a temporary name, renamed when every file is in place.
 
-run_dir/checkpoints/step_00000100/   what Accelerate writes, and manifest.json, which is written last
+run_dir/checkpoints/step_00000100/   what the engine writes, and manifest.json, which is written last
 run_dir/checkpoints/step_00000200.partial/   left by a killed save; ignored, and removed by the next run
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -20,10 +19,17 @@ from torch import Tensor, nn
 
 from scale_guide.config import Recipe
 from scale_guide.engine import Engine
+from scale_guide.manifest import (
+    checkpoint_folders,
+    checksums,
+    damage,
+    read_manifest,
+    step_of,
+    whole_checkpoints,
+    write_manifest,
+)
 
-MANIFEST = "manifest.json"
 PARTIAL = ".partial"
-FORMAT = 1
 
 
 class SaveError(OSError):
@@ -33,7 +39,8 @@ class SaveError(OSError):
 def identity(recipe: Recipe, engine: Engine, guide_hash: str | None) -> dict[str, Any]:
     """Returns, by dotted name, everything that a checkpoint and the run that reads it must have in common.
 
-    The science of the recipe and the hash of the guide; how its statistics travel or where the guide lives is free.
+    The science of the recipe, the hash of the guide, and the engine, of which the format depends; the number of
+    processes, how statistics travel and where the guide lives are free.
     """
     whole = asdict(recipe)
     parts = {name: whole[name] for name in ("task", "target", "optimizer")}
@@ -47,7 +54,8 @@ def identity(recipe: Recipe, engine: Engine, guide_hash: str | None) -> dict[str
         parts["guidance"] = {k: v for k, v in whole["guidance"].items() if k != "layout"}
     else:
         parts["guidance"] = {"weight": recipe.guidance.weight}
-    flat = _flatten(parts) | {"guide hash": guide_hash, "num_processes": engine.world_size, "engine": engine.name}
+    family = "DDP" if engine.name == "single" else engine.name
+    flat = _flatten(parts) | {"guide hash": guide_hash, "engine": family}
     return json.loads(json.dumps(flat))  # type: ignore[no-any-return]
 
 
@@ -57,28 +65,6 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         nested = isinstance(value, Mapping) and value
         flat |= _flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
     return flat
-
-
-def step_of(folder: Path) -> int:
-    """Returns the step in a checkpoint's name."""
-    return int(folder.name.removeprefix("step_"))
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Returns a checkpoint's manifest, or None when the checkpoint is not whole."""
-    try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-        whole = all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
-    except (OSError, ValueError, KeyError):
-        return None
-    return manifest if whole and manifest.get("format") == FORMAT else None
-
-
-def whole_checkpoints(run_dir: Path) -> list[Path]:
-    """Returns the whole checkpoints of a run, oldest first."""
-    folders = (run_dir / "checkpoints").glob("step_*")
-    whole = [f for f in folders if f.name.removeprefix("step_").isdigit() and read_manifest(f) is not None]
-    return sorted(whole, key=step_of)
 
 
 def load_target(target: nn.Module, run_dir: Path) -> str:
@@ -140,27 +126,36 @@ class Checkpoints:
     def _choose(self, resume: str) -> tuple[str, str]:
         for leftover in self.folder.glob(f"*{PARTIAL}"):
             shutil.rmtree(leftover, ignore_errors=True)
-        whole = whole_checkpoints(self.run_dir)
+        there = checkpoint_folders(self.run_dir)
         if resume == "never":
-            held = (self.run_dir / "config.yaml").exists() or bool(whole)
+            held = (self.run_dir / "config.yaml").exists() or bool(there)
             fix = "Give another --run_dir, or continue it with --resume auto."
             return "", f"resume=never: run_dir={str(self.run_dir)!r} already holds a run. {fix}" if held else ""
-        if resume == "auto" and not whole:
-            return "", ""
-        found = whole[-1] if resume == "auto" else Path(resume)
-        manifest = read_manifest(found)
-        if manifest is None:
-            return "", (
-                f"resume={resume!r} is not a whole checkpoint. "
-                f"Whole ones here: {', '.join(map(str, whole)) or 'none'}. Give one of them, or --resume auto."
-            )
-        return str(found), self._differences(found, manifest["identity"])
+        if resume != "auto":
+            problem = damage(Path(resume), thorough=True)
+            whole = ", ".join(map(str, whole_checkpoints(self.run_dir))) or "none"
+            told = f"resume={resume!r} is not a whole checkpoint: it {problem}. Whole ones here: {whole}."
+            return self._fitting(Path(resume)) if not problem else ("", f"{told} Give one of them, or --resume auto.")
+        damaged: list[str] = []
+        for folder in reversed(there):
+            problem = damage(folder, thorough=True)
+            if not problem:
+                for text in damaged:
+                    print(f"scale-guide: {text}; going on from {folder.name}.", flush=True)
+                return self._fitting(folder)
+            damaged.append(f"{folder} is damaged: it {problem}")
+        fix = "No other is whole. Give another --run_dir, or move the folder `checkpoints` away to start anew."
+        return "", f"{'; '.join(damaged)}. {fix}" if damaged else ""
 
-    def _differences(self, found: Path, theirs: dict[str, Any]) -> str:
-        ours = self.identity
+    def _fitting(self, folder: Path) -> tuple[str, str]:
+        return str(folder), self.mismatch(folder, read_manifest(folder))
+
+    def mismatch(self, found: Path, manifest: Mapping[str, Any]) -> str:
+        """Returns why this run cannot go on from a checkpoint with this manifest; "" if it can."""
+        ours, theirs = self.identity, manifest["identity"]
         names = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
         if not names:
-            return ""
+            return self._mismatched_processes(found, manifest["num_processes"])
         listed = "; ".join(f"{n} was {theirs.get(n)!r} and is now {ours.get(n)!r}" for n in names[:5])
         more = f" (and {len(names) - 5} more)" if len(names) > 5 else ""
         return (
@@ -168,10 +163,23 @@ class Checkpoints:
             "Give another --run_dir, or the old values."
         )
 
+    def _mismatched_processes(self, found: Path, before: int) -> str:
+        optimizer, now = self.identity.get("optimizer.name"), self.engine.world_size
+        sharded = self.identity["engine"] in ("ZeRO-1", "ZeRO-2", "ZeRO-3")
+        if before == now or not sharded or optimizer in ("adam", "adamw"):
+            return ""
+        there = "is 1" if now == 1 else f"are {now}"
+        return (
+            f"resume: the checkpoint {found} was made by {before} processes, and now there {there}. With ZeRO only "
+            f"adam and adamw go on with another number, not optimizer.name={optimizer!r}. Launch {before} processes."
+        )
+
     def load(self, folder: Path) -> int:
         """Loads a checkpoint into the prepared target and optimizer; returns its step. Collective."""
-        self.engine.load_state(folder)
-        step = int((read_manifest(folder) or {})["step"])
+        manifest = read_manifest(folder)
+        step, before = int(manifest["step"]), int(manifest["num_processes"])
+        scratch = self.folder / f"{folder.name}.universal{PARTIAL}"
+        self.engine.load_state(folder, num_processes=before, scratch=scratch)
         if self.engine.is_main:
             for later in [f for f in whole_checkpoints(self.run_dir) if step_of(f) > step]:
                 print(f"scale-guide: {later} is later than the step resumed from and is removed.", flush=True)
@@ -193,7 +201,10 @@ class Checkpoints:
             return False
         if self._failed(self.engine.save_state(partial), partial):
             return False
-        return not self._failed(self._publish(partial, final, step) if self.engine.is_main else "", partial)
+        sums, problem = self._checksums(partial)
+        if self._failed(problem, partial):
+            return False
+        return not self._failed(self._publish(partial, final, step, sums) if self.engine.is_main else "", partial)
 
     def _make_room(self, partial: Path) -> str:
         if not self.engine.is_main:
@@ -205,21 +216,32 @@ class Checkpoints:
             return str(error)
         return ""
 
-    def _publish(self, partial: Path, final: Path, step: int) -> str:
-        files = {str(f.relative_to(partial)): f.stat().st_size for f in sorted(partial.rglob("*")) if f.is_file()}
-        manifest = {"format": FORMAT, "step": step, "identity": self.identity, "files": files}
+    def _checksums(self, partial: Path) -> tuple[dict[str, str], str]:
+        """Returns the checksums of all files, each read by one rank, and why this rank failed or "". Collective."""
+        names = sorted(str(f.relative_to(partial)) for f in partial.rglob("*") if f.is_file())
+        names = self.engine.gather_list(names if self.engine.is_main else [])
+        own: dict[str, str] = {}
+        problem = ""
         try:
-            with (partial / MANIFEST).open("w") as file:
-                json.dump(manifest, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
+            own = checksums(partial, names[self.engine.rank :: self.engine.world_size])
+        except OSError as error:
+            problem = str(error)
+        return dict(self.engine.gather_list(list(own.items()))), problem
+
+    def _publish(self, partial: Path, final: Path, step: int, sums: dict[str, str]) -> str:
+        facts = {"step": step, "num_processes": self.engine.world_size, "identity": self.identity}
+        try:
+            write_manifest(partial, facts, sums)
             if final.exists():
                 _remove(final)
             partial.rename(final)
         except OSError as error:
             return str(error)
-        for old in whole_checkpoints(self.run_dir)[: -self.keep]:
-            _remove(old)
+        try:
+            for old in whole_checkpoints(self.run_dir)[: -self.keep]:
+                _remove(old)
+        except OSError as error:
+            warnings.warn(f"An old checkpoint could not be removed ({error}).", stacklevel=3)
         return ""
 
     def _failed(self, problem: str, partial: Path) -> bool:

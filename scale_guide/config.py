@@ -184,6 +184,10 @@ class TrainingConfig:
     """Steps between two checkpoints; 0 saves only at the end and on SIGTERM."""
     keep_checkpoints: int = 2
     """How many checkpoints stay on disk."""
+    max_bad_steps: int = 5
+    """Steps in a row that are skipped, on all processes alike, because a loss or gradient is not a number (NaN, inf).
+    One more ends the run, with the state from before them saved. Overflows of fp16 that the loss scale mends do not
+    count."""
     compile: bool = False
     """Run the target through torch.compile: slow first steps, faster ones after, the same results but for rounding.
     A launch choice; not under ZeRO-3, which would cut the compiled code at every layer."""

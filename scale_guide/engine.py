@@ -11,6 +11,7 @@ import copy
 import gc
 import logging
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,14 +22,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, gather_object
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from scale_guide.disk import note, write_errors_noted
+from scale_guide import engine_state
+from scale_guide.finite_gradients import gradients_are_finite, guard_plain_step
 from scale_guide.launch import check_engine, check_gpus, check_trackers, deepspeed_config, wants_deepspeed
-from scale_guide.running_statistics import averaged, running_statistics
+from scale_guide.running_statistics import averaged
 
 
 class Engine:
@@ -69,6 +69,7 @@ class Engine:
         self._config: dict[str, Any] = plugin.deepspeed_config if self.deepspeed else {}
         self._launch_config = copy.deepcopy(self._config)
         self._clip_norm = 0.0
+        self._skipped = False
         self._model: Any = None
         self._optimizer: Any = None
 
@@ -141,6 +142,8 @@ class Engine:
         for layer in self._model.modules() if self.deepspeed else ():
             if isinstance(layer, _NormBase) and layer.weight is not None:
                 layer.to(layer.weight.dtype)
+        if self.name == "ZeRO-0" and not self.has_loss_scale:
+            guard_plain_step(self._model, lambda: setattr(self, "_skipped", True))
         self._model.train()
         return self._model  # type: ignore[no-any-return]
 
@@ -175,7 +178,7 @@ class Engine:
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
         """Around forward and backward of one micro-batch of a step: gradients cross the ranks at the last alone."""
-        self.accelerator.sync_gradients = last
+        self.accelerator.sync_gradients, self._skipped = last, False
         # DeepSpeed keeps its own account (no_sync is an error under ZeRO-2 and -3).
         quiet = not last and not self.deepspeed and self.world_size > 1
         with self._model.no_sync() if quiet else contextlib.nullcontext():
@@ -187,18 +190,31 @@ class Engine:
         self.accelerator.backward(loss)
 
     def step(self) -> None:
-        """Clips, updates the parameters and clears the gradients (DeepSpeed has done all three in `backward`)."""
+        """Clips, updates the parameters and clears the gradients (DeepSpeed has done all three in `backward`).
+
+        A gradient that is not a number, which after the engine's mean is so on every rank, updates nothing.
+        """
         if self.deepspeed:
             return
         if self._clip_norm > 0:
-            self.accelerator.clip_grad_norm_(self._model.parameters(), self._clip_norm)
-        self._optimizer.step()
+            finite = bool(self.accelerator.clip_grad_norm_(self._model.parameters(), self._clip_norm).isfinite())
+        else:
+            finite = gradients_are_finite(self._model)
+        # With a loss scale the scaler judges: it may be lowered.
+        self._skipped = not (finite or self.has_loss_scale)
+        if not self._skipped:
+            self._optimizer.step()
         self._optimizer.zero_grad()
 
     @property
+    def has_loss_scale(self) -> bool:
+        """Whether gradients are scaled, as fp16 needs, and overflows therefore a part of ordinary training."""
+        return self._model.fp16_enabled() if self.deepspeed else self.accelerator.scaler is not None
+
+    @property
     def step_was_skipped(self) -> bool:
-        """Whether the last update was dropped because fp16 gradients overflowed."""
-        return bool(self.accelerator.optimizer_step_was_skipped)
+        """Whether the last update was dropped because gradients were not finite. Alike on every rank."""
+        return self._skipped or bool(self.accelerator.optimizer_step_was_skipped)
 
     def set_learning_rate(self, value: float) -> None:
         """Sets the learning rate of the next update (Accelerate's schedulers would step once per process)."""
@@ -243,57 +259,33 @@ class Engine:
             return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
 
     def save_state(self, folder: Path) -> str:
-        """Writes target and optimizer into `folder`; returns "" or why this rank could not. Collective.
+        """Writes target and optimizer into `folder`; returns "" or why this rank could not. Collective."""
+        with self.averaged_buffers():
+            problem = engine_state.save_state(self.accelerator, self._model, folder, deepspeed=self.deepspeed)
+        return problem or engine_state.save_own(self.unwrap(self._model), folder, self.rank)
 
-        A full disk must not raise on one rank inside DeepSpeed's save: the others would wait for it for ever.
+    def load_state(self, folder: Path, *, num_processes: int, scratch: Path) -> None:
+        """Reads what `save_state` wrote on `num_processes` processes. Collective.
+
+        Args:
+            folder: What it wrote.
+            num_processes: How many there were. Of other numbers ZeRO makes another copy first.
+            scratch: Folder for that copy; removed in the end.
+
+        Raises:
+            OSError: no room for the copy.
         """
-        problems: list[str] = []
-        with contextlib.ExitStack() as guards:
-            if self.deepspeed:
-                writer = self._model.checkpoint_engine
-                for owner, call in ((writer, "save"), (writer, "makedirs"), (self._model, "_copy_recovery_script")):
-                    guards.enter_context(write_errors_noted(owner, call, problems))
-            try:
-                with self.averaged_buffers():
-                    self.accelerator.save_state(str(folder), save_latest=False)
-                own = running_statistics(self.unwrap(self._model))
-                if self.world_size > 1 and own:
-                    save_file({name: buffer.contiguous() for name, buffer in own.items()}, self._own_buffers(folder))
-            except (OSError, RuntimeError, SafetensorError) as error:
-                note(error, problems)
-        return problems[0] if problems else ""
-
-    def load_state(self, folder: Path) -> None:
-        """Reads what `save_state` wrote. Collective."""
-        self.accelerator.load_state(str(folder))
-        own = load_file(self._own_buffers(folder)) if self._own_buffers(folder).exists() else {}
-        for name, buffer in running_statistics(self.unwrap(self._model)).items():
-            if name in own:
-                buffer.copy_(own[name])
-
-    def _own_buffers(self, folder: Path) -> Path:
-        """Returns the file of what this rank alone has: every other file of a state is the same for all, or shared."""
-        return folder / f"running_statistics_{self.rank}.safetensors"
-
-    # Trackers
-
-    def start_trackers(self, project: str, run_dir: Path, config: dict[str, Any]) -> None:
-        """Starts the recipe's experiment trackers for one run."""
-        if not self.accelerator.log_with:
-            return
-        self.accelerator.project_configuration.logging_dir = str(run_dir)
-        self.accelerator.trackers = []
-        self.accelerator.init_trackers(project, config=config)
-
-    def track(self, values: dict[str, float], step: int) -> None:
-        """Hands numbers to the trackers."""
-        if self.accelerator.log_with:
-            self.accelerator.log(values, step=step)
-
-    def finish_trackers(self) -> None:
-        """Closes the trackers of one run (not `end_training`, which also closes the process group)."""
-        for tracker in getattr(self.accelerator, "trackers", []):
-            tracker.finish()
+        if num_processes == self.world_size or not self.deepspeed or self.name == "ZeRO-0":
+            self.accelerator.load_state(str(folder))
+        else:
+            if self.is_main:
+                engine_state.make_universal(folder, scratch)
+            self.barrier()
+            engine_state.load_universal(self._model, scratch)
+            self.barrier()
+            shutil.rmtree(scratch, ignore_errors=True)
+        if num_processes == self.world_size:
+            engine_state.load_own(self.unwrap(self._model), folder, self.rank)
 
     def close(self) -> None:
         """Leaves the process group."""

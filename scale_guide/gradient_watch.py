@@ -38,7 +38,7 @@ class GradientWatch:
         """
         handed: list[Tensor] = []
         branch = kept.view_as(kept)
-        branch.register_hook(handed.append)
+        branch.register_hook(handed.append)  # type: ignore[no-untyped-call]
 
         def arrived(gradient: Tensor) -> None:
             # Guidance's part is there by now: autograd joins all parts before it calls the hooks of a tensor.
@@ -46,5 +46,5 @@ class GradientWatch:
             parts = own.float(), gradient.float() - own.float()
             self._sums.append(torch.stack([part.square().sum() for part in parts]))
 
-        output.register_hook(arrived)
+        output.register_hook(arrived)  # type: ignore[no-untyped-call]
         return branch

@@ -39,10 +39,17 @@ class Unreadable:
 
     def __init__(self) -> None:
         self._indices: set[int] = set()
+        self._told = False
 
     def note(self, batch: Batch) -> None:
-        """Takes `index` out of a batch of `training_steps`, and remembers the rows of weight 0."""
-        self._indices.update(batch.pop("index")[batch["weight"] == 0].tolist())
+        """Remembers the rows of weight 0 of a batch of `training_steps`."""
+        self._indices.update(batch["index"][batch["weight"] == 0].tolist())
+
+    def tell_once(self, num_rows: float, say: Callable[[str], None]) -> None:
+        """Says that there are such samples, the first time that a step has any on any rank."""
+        if num_rows and not self._told:
+            say("some samples are unreadable: they have no part in training; summary.json will list them")
+            self._told = True
 
     def names(self, task: Task, engine: Engine) -> list[str]:
         """Returns those of all ranks, by file name where the task has one. Collective: call on every rank."""

@@ -140,6 +140,9 @@ def _parse(parser: ArgumentParser, given: Sequence[str] | Mapping[str, Any]) -> 
 
 def _build(kind: type, values: Mapping[str, Any]) -> Any:
     hints = get_type_hints(kind)
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]) and not isinstance(value, Mapping):
+            raise ValueError(f"{name}={value!r} must be a mapping of its fields. Is the file cut short?")
     nested = {n: _build(hints[n], v) if dataclasses.is_dataclass(hints[n]) else v for n, v in values.items()}
     return kind(**nested)
 

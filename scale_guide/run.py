@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -11,20 +10,24 @@ from typing import Any
 from torch import nn
 
 from scale_guide import tracking
+from scale_guide.bad_steps import BadSteps
 from scale_guide.build import build_distillation, build_guidance, plan_guidance
-from scale_guide.checkpoint import Checkpoints, SaveError, identity, step_of
+from scale_guide.checkpoint import Checkpoints, SaveError, identity
 from scale_guide.config import Recipe
 from scale_guide.data_order import TrainOrder, batch_sizes, steps_per_epoch
 from scale_guide.engine import Engine
 from scale_guide.evaluate import evaluate
 from scale_guide.guidance import Guidance
 from scale_guide.guide import Guide
+from scale_guide.journal import Journal
 from scale_guide.launch import check_compile
 from scale_guide.layer_map import LayerMap
 from scale_guide.loading import Unreadable, training_steps
+from scale_guide.manifest import step_of
 from scale_guide.reading import Reading, check_inputs
 from scale_guide.schedule import Schedule
 from scale_guide.tasks import Batch, Task
+from scale_guide.trackers import Trackers
 from scale_guide.trainer import StepLog, count_steps, guided_step, make_optimizer, step_values
 
 
@@ -32,7 +35,7 @@ class Run:
     """One run: a task, a target, perhaps a guide, trained under one engine into one run folder."""
 
     MAX_LISTED = 100
-    """How many unreadable samples the summary names."""
+    """How many unreadable samples, and how many skipped steps, the summary names."""
 
     def __init__(
         self, recipe: Recipe, *, task: Task, target: nn.Module, guide: Guide | None, layers: LayerMap, engine: Engine
@@ -61,7 +64,7 @@ class Run:
         same = identity(recipe, engine, self.guide_hash)
         self.checkpoints = Checkpoints(run_dir, engine, keep=training.keep_checkpoints, identity=same)
         self.unreadable = Unreadable()
-        self.warned = False
+        self.bad_steps = BadSteps(training.max_bad_steps)
         self.seconds_before = 0.0
         self.resumed: Path | None = None
 
@@ -116,7 +119,7 @@ class Run:
         )
         engine.barrier()
         self.folder.start(recipe, facts, asdict(self.layers), self.first_step)
-        engine.start_trackers("scale_guide", self.folder.path, {"recipe": str(tracking.plain(recipe))})
+        self.trackers = Trackers(engine.accelerator, self.folder.path, {"recipe": str(tracking.plain(recipe))})
 
     def _steps(self) -> Iterator[list[Batch]]:
         """Yields the micro-batches of every step still to do."""
@@ -140,13 +143,14 @@ class Run:
 
         Raises:
             SaveError: the last checkpoint could not be written.
+            BadNumbersError: too many steps in a row had to be skipped.
         """
         stop = tracking.StopSignal()
         try:
             return self._run(label, stop)
         finally:
             stop.close()
-            self.engine.finish_trackers()
+            self.trackers.finish()
             self._drop_guide()
 
     def _drop_guide(self) -> None:
@@ -155,46 +159,49 @@ class Run:
         self.guidance = self.guide = self.distillation = None
 
     def _run(self, label: str, stop: tracking.StopSignal) -> dict[str, Any] | None:
-        training = self.recipe.training
-        self.began = time.perf_counter()
+        self.journal = self._open_journal(label)
+        say, training = self.journal.progress.say, self.recipe.training
+        saved = self.first_step if self.first_step else -1
+        for step, micro_batches in enumerate(self._steps(), start=self.first_step):
+            self._enter(step)
+            log = self._one_step(step, micro_batches, stop)
+            done = step + 1
+            self._judge(log, done)
+            self.journal.progress.advance()
+            if step == self.first_step and self.guidance is not None:
+                say(f"statistics by {self.guidance.plan}")
+            if self._is_logged(done):
+                self._log(log, done)
+            validates = training.evaluate_every and done % training.evaluate_every == 0
+            if validates and done < self.num_steps:
+                self._validate(done)
+            _, asked, unreadable = log.agreed()
+            self.unreadable.tell_once(unreadable, say)
+            due = training.checkpoint_every and done % training.checkpoint_every == 0
+            if (due or asked) and self.checkpoints.save(done):
+                saved = done
+            if asked or due or validates:
+                self.journal.progress.rate(done)  # rows/s are those of training alone
+            if asked and done < self.num_steps:
+                self._leave(saved)
+                return None
+        if saved != self.num_steps and not self.checkpoints.save(self.num_steps):
+            raise SaveError(f"the state after the last step could not be saved in {self.folder.path}: free disk space")
+        return self._finish()
+
+    def _open_journal(self, label: str) -> Journal:
         progress = tracking.Progress(
             label,
             first_step=self.first_step,
             num_steps=self.num_steps,
-            batch_size=training.batch_size,
+            batch_size=self.recipe.training.batch_size,
             shown=self.engine.is_main,
         )
         if self.first_step:
             progress.say(f"resumed from step {self.first_step}")
-        saved = self.first_step if self.first_step else -1
-        for step, micro_batches in enumerate(self._steps(), start=self.first_step):
-            self._enter(step, progress)
-            log = self._one_step(step, micro_batches, stop)
-            done = step + 1
-            progress.advance()
-            if step == self.first_step and self.guidance is not None:
-                progress.say(f"statistics by {self.guidance.plan}")
-            if self._is_logged(done):
-                self._log(log, done, progress)
-            if training.evaluate_every and done % training.evaluate_every == 0 and done < self.num_steps:
-                self._validate(done, progress)
-            _, asked, unreadable = log.agreed()
-            if unreadable and not self.warned:
-                progress.say("some samples are unreadable: they have no part in training; summary.json will list them")
-                self.warned = True
-            due = training.checkpoint_every and done % training.checkpoint_every == 0
-            if (due or asked) and self.checkpoints.save(done):
-                saved = done
-            if asked or due or (training.evaluate_every and done % training.evaluate_every == 0):
-                progress.rate(done)  # rows/s are those of training alone
-            if asked and done < self.num_steps:
-                self._leave(saved, progress)
-                return None
-        if saved != self.num_steps and not self.checkpoints.save(self.num_steps):
-            raise SaveError(f"the state after the last step could not be saved in {self.folder.path}: free disk space")
-        return self._finish(progress)
+        return Journal(self.folder, self.trackers, progress, seconds_before=self.seconds_before)
 
-    def _enter(self, step: int, progress: tracking.Progress) -> None:
+    def _enter(self, step: int) -> None:
         """Does what changes with this step: the rates, the end of the warm-up, the end of guidance."""
         schedule = self.schedule
         self.engine.set_learning_rate(schedule.learning_rate(step))
@@ -203,12 +210,13 @@ class Run:
         if self.guide is None:
             return
         if step and step == self.recipe.guidance.warmup_steps:
-            progress.say(f"the warm-up ended with step {step}: the task loss joins in")
+            self.journal.progress.say(f"the warm-up ended with step {step}: the task loss joins in")
         if self.guidance is not None:
             self.guidance.weight = schedule.guidance_weight(step)
             self.guidance.watch.is_on = self._is_logged(step + 1) and not self.recipe.training.compile
         if schedule.guidance_is_over(step):
-            progress.say(f"guidance ended with step {self.recipe.guidance.stop_after}: the target trains alone")
+            over = f"guidance ended with step {self.recipe.guidance.stop_after}: the target trains alone"
+            self.journal.progress.say(over)
             self._drop_guide()
 
     def _one_step(self, step: int, micro_batches: list[Batch], stop: tracking.StopSignal) -> StepLog:
@@ -233,64 +241,55 @@ class Run:
             stop=stop.requested,
         )
 
+    def _judge(self, log: StepLog, done: int) -> None:
+        """Counts a step that was skipped, says why, and ends the run after too many. Collective."""
+        if log.trace is None or (self.engine.has_loss_scale and log.is_finite(self.engine)):
+            self.bad_steps.in_a_row = 0
+            return
+        self.bad_steps.add(f"step {done}: {log.trace()}")
+        self.journal.progress.say(f"skipped, for there is no number to learn from: {self.bad_steps.told[-1]}")
+        if self.bad_steps.are_too_many:
+            before = done - self.bad_steps.in_a_row
+            saved = before > 0 and self.checkpoints.save(before)
+            raise self.bad_steps.error(self.folder.path, before if saved else None)
+
     def _is_logged(self, done: int) -> bool:
         return done % self.recipe.training.log_every == 0 or done == self.num_steps
 
-    def _seconds(self) -> float:
-        return self.seconds_before + time.perf_counter() - self.began
-
-    def _log(self, log: StepLog, done: int, progress: tracking.Progress) -> None:
+    def _log(self, log: StepLog, done: int) -> None:
         """Writes and shows one logged step. Collective."""
-        line: dict[str, Any] = {
-            "step": done,
-            "epoch": done / self.per_epoch,
-            "learning_rate": self.schedule.learning_rate(done - 1),
-            **({"guidance_weight": self.schedule.guidance_weight(done - 1)} if self.recipe.guidance.weight else {}),
-            **step_values(log, self.engine, self.guidance),
-            "rows_per_s": progress.rate(done),
-            "seconds": self._seconds(),
-        }
-        self.folder.log(line)
-        names = ["task_loss", "guidance_loss", "distillation_loss", "similarity"]
-        shown = {name: float(line[name]) for name in names if line.get(name) is not None}
-        progress.show(done, line["rows_per_s"], shown)
-        numbers = {name: float(value) for name, value in line.items() if isinstance(value, int | float)}
-        self.engine.track(numbers, done)
+        found = step_values(log, self.engine, self.guidance) if log.trace is None else {"skipped": True}
+        self.journal.step(done, self.schedule.values(done - 1) | found)
 
-    def _validate(self, done: int, progress: tracking.Progress) -> dict[str, float]:
+    def _validate(self, done: int) -> dict[str, float]:
         """Returns the validation scores, logged and shown. Collective."""
-        training = self.recipe.training
-        scores = evaluate(
-            self.target,
-            self.task,
-            self.engine,
-            micro_batch_size=self.micro_batch_size,
-            num_workers=training.num_workers,
-        )
-        self.folder.log({"step": done, "seconds": self._seconds(), "validation": scores})
-        self.engine.track({f"validation/{name}": value for name, value in scores.items()}, done)
-        listed = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
-        progress.say(f"step {done}/{self.num_steps}  validation  {listed}")
+        rows, workers = self.micro_batch_size, self.recipe.training.num_workers
+        scores = evaluate(self.target, self.task, self.engine, micro_batch_size=rows, num_workers=workers)
+        self.journal.validation(done, scores)
         return scores
 
-    def _leave(self, saved: int, progress: tracking.Progress) -> None:
-        progress.close()
+    def _leave(self, saved: int) -> None:
+        self.journal.progress.close()
         state = f"saved at step {saved}" if saved > 0 else "nothing could be saved"
-        progress.say(f"asked to stop: {state} in {self.folder.path}. The same command goes on from there.")
+        self.journal.progress.say(
+            f"asked to stop: {state} in {self.folder.path}. The same command goes on from there."
+        )
 
-    def _finish(self, progress: tracking.Progress) -> dict[str, Any]:
-        scores = self._validate(self.num_steps, progress)
-        progress.close()
+    def _finish(self) -> dict[str, Any]:
+        scores = self._validate(self.num_steps)
+        self.journal.progress.close()
         weights = self.engine.state_dict()
         names = self.unreadable.names(self.task, self.engine)
         summary = {
             "finished": True,
             "step": self.num_steps,
-            "seconds": self._seconds(),
+            "seconds": self.journal.seconds,
             "score": self.task.score,
             "validation": scores,
             "num_unreadable": len(names),
             "unreadable": names[: self.MAX_LISTED],
+            "num_skipped_steps": len(self.bad_steps.told),
+            "skipped_steps": self.bad_steps.told[: self.MAX_LISTED],
             "num_parameters": sum(w.numel() for w in weights.values()),
         }
         recipe = self.recipe

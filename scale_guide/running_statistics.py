@@ -12,11 +12,24 @@ from torch.nn.modules.batchnorm import _NormBase
 
 def running_statistics(model: nn.Module) -> dict[str, Tensor]:
     """Returns the running means and variances of a bare model, by name: the buffers in which ranks differ."""
-    found = {}
+    found: dict[str, Tensor | None] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, _NormBase):
             found |= {f"{name}.running_mean": layer.running_mean, f"{name}.running_var": layer.running_var}
     return {name: buffer for name, buffer in found.items() if buffer is not None}
+
+
+def snapshot(model: nn.Module) -> Callable[[], None]:
+    """Returns a function that puts the running statistics of a bare model back to what they are now."""
+    layers = [m for m in model.modules() if isinstance(m, _NormBase)]
+    buffers = [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
+    before = [buffer.clone() for buffer in buffers]
+
+    def restore() -> None:
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
+
+    return restore
 
 
 @contextlib.contextmanager
@@ -31,7 +44,7 @@ def averaged(model: nn.Module, sum_over_ranks: Callable[[Tensor], Tensor], world
         return
     own = [buffer.clone() for buffer in buffers]
     means = sum_over_ranks(torch.cat([b.flatten().double() for b in buffers])) / world_size
-    for buffer, mean in zip(buffers, means.split([b.numel() for b in buffers]), strict=True):
+    for buffer, mean in zip(buffers, torch.split(means, [b.numel() for b in buffers]), strict=True):
         buffer.copy_(mean.view_as(buffer))
     try:
         yield

@@ -35,6 +35,11 @@ class Schedule:
             return config.lr * float(config.gamma ** (step // (config.step_epochs * self.steps_per_epoch)))
         return config.lr
 
+    def values(self, step: int) -> dict[str, float]:
+        """Returns what a logged line says of a step's place and rates."""
+        weight = {"guidance_weight": self.guidance_weight(step)} if self.recipe.guidance.weight else {}
+        return {"epoch": (step + 1) / self.steps_per_epoch, "learning_rate": self.learning_rate(step)} | weight
+
     def guidance_weight(self, step: int) -> float:
         """Returns the weight of the guidance loss in a step; 0 once guidance has stopped.
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from scale_guide import bad_steps
 from scale_guide.config import OptimizerConfig, Recipe
 from scale_guide.distillation import Distillation
 from scale_guide.engine import Engine
 from scale_guide.guidance import Guidance
+from scale_guide.guide import Guide
 from scale_guide.objective import inject
 from scale_guide.reading import DATA, Draws, Reading, as_read
-from scale_guide.running_statistics import paused
+from scale_guide.running_statistics import paused, snapshot
 from scale_guide.tasks import Batch, Task
 
 
@@ -34,6 +37,13 @@ class StepLog:
     """Weighted sum of the distillation loss over this rank's scored terms, scalar; None where there is none."""
     agreed: Callable[[], list[float]]
     """Sums over ranks of [scored terms, ranks asked to stop, unreadable rows]."""
+    trace: Callable[[], str] | None = None
+    """If the update was skipped because a gradient was not finite: says where that began. Collective."""
+
+    def is_finite(self, engine: Engine) -> bool:
+        """Returns whether every loss of every rank is a number. Collective."""
+        losses = [loss for loss in (self.task_sum, self.guidance_loss, self.distillation_sum) if loss is not None]
+        return bool(torch.isfinite(engine.sum(torch.stack([loss.double() for loss in losses]))).all())
 
 
 def guided_step(
@@ -81,6 +91,7 @@ def guided_step(
     two_passes = guidance is not None and k > 1 and accumulation == "exact"
     if two_passes:
         _gather_statistics(micro_batches, forward)
+    restore = snapshot(engine.unwrap(target))
     sums: dict[str, list[Tensor]] = {"task": [], "pull": [], "guidance": []}
     for j, host_batch in enumerate(micro_batches):
         batch = engine.to_device(host_batch)
@@ -95,7 +106,11 @@ def guided_step(
         for name, value in parts.items():
             sums[name] += [] if value is None else [value.detach().to(count)]
     engine.step()
-    return StepLog(_sum(sums["task"]), count, _sum(sums["guidance"]), _sum(sums["pull"]), agreed)
+    trace = None
+    if engine.step_was_skipped:
+        restore()
+        trace = partial(bad_steps.trace, micro_batches, forward.plainly, forward.networks, engine)
+    return StepLog(_sum(sums["task"]), count, _sum(sums["guidance"]), _sum(sums["pull"]), agreed, trace)
 
 
 @dataclass
@@ -126,6 +141,25 @@ class _Forward:
             if self.guide_too:
                 guide_output = self.guidance.run_guide(inputs)
             return self.engine.forward(self.target, batch["input"]), guide_output
+
+    def plainly(self, batch: Batch, j: int) -> None:
+        """Runs both networks on micro-batch j and records nothing."""
+        torch.manual_seed(self.draws.seed_of(j))
+        for guide in self._guides:
+            guide(batch.get("guide_input", batch["input"]))
+        self.engine.forward(self.target, batch["input"])
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The bare networks by their side."""
+        guides: dict[str, nn.Module] = {"guide": self._guides[0].model} if self._guides else {}
+        return guides | {"target": self.engine.unwrap(self.target)}
+
+    @property
+    def _guides(self) -> list[Guide]:
+        """The guide, if there is one."""
+        user = self.guidance or self.distillation
+        return [] if user is None else [user.guide]
 
 
 def _gather_statistics(micro_batches: Sequence[Batch], forward: _Forward) -> None:
@@ -236,8 +270,6 @@ def step_values(log: StepLog, engine: Engine, guidance: Guidance | None) -> dict
         }
     if log.distillation_sum is not None:
         values["distillation_loss"] = engine.sum(log.distillation_sum).item() / log.count.item()
-    if engine.step_was_skipped:
-        values["skipped"] = "fp16 gradients overflowed"
     return values
 
 

@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from scale_guide.__main__ import main
-from scale_guide.checkpoint import Checkpoints, read_manifest, whole_checkpoints
+from scale_guide.checkpoint import Checkpoints
 from scale_guide.engine import Engine
+from scale_guide.manifest import read_manifest, whole_checkpoints
 
 ROOT = Path(__file__).parent.parent
 PATHS = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
@@ -119,20 +120,75 @@ def test_free_choices_and_finished_runs(finished: tuple[str, Path], capsys: pyte
     assert "is not a whole checkpoint" in capsys.readouterr().err
 
 
-def test_another_number_of_processes_is_refused(
+def test_another_engine_is_refused(
     finished: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, run_dir = finished[0], tmp_path / "run"
     shutil.copytree(finished[1], run_dir)
     for folder in whole_checkpoints(run_dir):
         manifest = read_manifest(folder)
-        assert manifest is not None
-        manifest["identity"] |= {"num_processes": 4, "engine": "ZeRO-3"}
+        manifest["identity"] |= {"engine": "ZeRO-3"}
         (folder / "manifest.json").write_text(json.dumps(manifest))
     assert train(recipe, run_dir) == 2
+    assert "engine was 'ZeRO-3' and is now 'DDP'" in capsys.readouterr().err
+
+
+def flip(path: Path) -> None:
+    """Changes one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_is_found(
+    finished: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint before it is taken, and which and why is said; without another one nothing begins anew."""
+    recipe, run_dir = finished[0], tmp_path / "run"
+    shutil.copytree(finished[1], run_dir)
+    flip(run_dir / "checkpoints/step_00000006/optimizer.bin")
+    assert train(recipe, run_dir, "--resume", str(run_dir / "checkpoints/step_00000006")) == 2
+    assert "it has optimizer.bin with another content (its checksum differs)" in capsys.readouterr().err
+    assert train(recipe, run_dir) == 0
+    printed = capsys.readouterr().out
+    assert "step_00000006 is damaged: it has optimizer.bin with another content" in printed
+    assert "going on from step_00000004." in printed
+    assert "resumed from step 4" in printed
+    for folder in whole_checkpoints(run_dir):
+        flip(folder / "model.safetensors")
+    assert train(recipe, run_dir) == 2
     error = capsys.readouterr().err
-    assert "num_processes was 4 and is now 1" in error
-    assert "engine was 'ZeRO-3' and is now 'single'" in error
+    assert "step_00000006 is damaged" in error
+    assert "step_00000004 is damaged" in error
+    assert "move the folder `checkpoints` away to start anew" in error
+
+
+DAMAGED = [
+    *("", "[]", "{}", "null", '{"format": 2}', "\0" * 40, "9" * 5000),
+    '{"format": 2, "step": 4, "identity": {}, "files": {"a": 1}}',
+    '{"format": 2, "step": 4, "identity": {}, "files": {"../../secret": [1, "0"]}}',
+]
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_a_damaged_manifest_is_no_crash(
+    text: str, finished: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished[1], run_dir)
+    (run_dir / "checkpoints/step_00000006/manifest.json").write_text(text)
+    assert train(finished[0], run_dir) == 0
+    assert "step_00000006 is damaged: it " in capsys.readouterr().out
+
+
+def test_zero_and_other_processes_need_adam(finished: tuple[str, Path], tmp_path: Path) -> None:
+    engine = Engine()
+    checkpoints = Checkpoints(tmp_path, engine, keep=1, identity={"engine": "ZeRO-2", "optimizer.name": "sgd"})
+    manifest = {"num_processes": 4, "identity": checkpoints.identity}
+    told = checkpoints.mismatch(tmp_path / "step_00000004", manifest)
+    assert "was made by 4 processes, and now there is 1" in told
+    assert "optimizer.name='sgd'" in told
+    assert not checkpoints.mismatch(tmp_path, manifest | {"num_processes": 1})
 
 
 @pytest.fixture
@@ -176,6 +232,7 @@ SLOW_SAVE = """
 import sys, time
 from scale_guide.__main__ import main
 from scale_guide.engine import Engine
+from scale_guide.manifest import read_manifest, whole_checkpoints
 saved = Engine.save_state
 def save_state(self, folder):
     problem = saved(self, folder)

@@ -44,7 +44,7 @@ def finished(tiny: Path) -> Path:
 
 
 def test_variants_leave_whole_runs_and_a_comparison(finished: Path) -> None:
-    """Both run from the same weights and data; each folder is whole; table and curves are there."""
+    """Both run from the same weights and data; each folder is whole; table and pictures are there."""
     for name in ("unguided", "guided"):
         files = {p.name for p in (finished / name).iterdir()}
         wanted = {
@@ -61,7 +61,8 @@ def test_variants_leave_whole_runs_and_a_comparison(finished: Path) -> None:
     assert "| unguided |" in report
     assert "| guided   |" in report
     assert "validation accuracy" in report
-    assert (finished / "curves.png").stat().st_size > 1000
+    assert (finished / "report.html").stat().st_size > 10_000
+    assert (finished / "figures/losses.png").stat().st_size > 1000
     lines = read_metrics(finished / "guided")
     assert [line["step"] for line in lines] == [2, 2, 4, 4]
     needed = {"learning_rate", "task_loss", "guidance_loss", "similarity", "pairs", "rows_per_s", "seconds"}
@@ -113,7 +114,7 @@ def test_report(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     runs = [str(finished / name) for name in ("guided", "unguided")]
     assert main(["report", *runs, "--out", str(tmp_path)]) == 0
     assert "validation loss" in capsys.readouterr().out
-    assert (tmp_path / "curves.png").exists()
+    assert (tmp_path / "report.html").exists()
     assert main(["report", str(finished.parent / "tow")]) == 2
     assert "holds no run" in capsys.readouterr().err
 

@@ -38,7 +38,7 @@ def cka(x: Tensor, y: Tensor) -> Tensor:
     return (x.T @ y).square().sum() / ((x.T @ x).square().sum() * (y.T @ y).square().sum()).sqrt()
 
 
-def literal_norms(target: Target, guide: nn.Sequential, batch: dict[str, Tensor], weight: float) -> tuple[float, float]:
+def literal_norms(target: Target, guide: nn.Sequential, batch: dict[str, Tensor], weight: float) -> list[float]:
     """Norms over both layers: of guidance's own gradient, and of what the losses behind a layer send to it."""
 
     def task(second: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def literal_norms(target: Target, guide: nn.Sequential, batch: dict[str, Tensor]
         torch.autograd.grad(task(through) + weight * (1 - cka(through, theirs[1])), first)[0],
         torch.autograd.grad(task(second), second)[0],
     ]
-    return tuple(math.sqrt(sum(float(g.square().sum()) for g in parts)) for parts in (own, above))  # type: ignore[return-value]
+    return [math.sqrt(sum(float(g.square().sum()) for g in parts)) for parts in (own, above)]
 
 
 @pytest.mark.parametrize("num_micro_batches", [1, 2])

@@ -20,7 +20,8 @@ MAX_LINES = 300
 
 # From the bottom up: a module imports from its own layer and from those before it.
 LAYERS = [
-    {"config", "disk", "gradient_watch", "lookup", "rows", "stopwatch"},
+    {"config", "disk", "finite_gradients", "gradient_watch", "lookup", "manifest", "rows", "running_statistics"},
+    {"stopwatch"},
     {"statistics", "similarity", "models", "tasks", "activations", "guide", "guide_weights"},
     {"layer_weights"},
     {"objective", "layer_map", "data_order", "schedule", "reading", "distillation"},
@@ -28,10 +29,11 @@ LAYERS = [
     {"step"},
     {"guidance"},
     {"recipe", "build"},
-    {"tracking", "launch", "sharding"},
+    {"tracking", "trackers", "launch", "sharding"},
+    {"engine_state"},
     {"engine", "loading"},
-    {"checkpoint", "evaluate"},
-    {"trainer", "analysis"},
+    {"bad_steps", "checkpoint", "evaluate", "journal"},
+    {"trainer", "networks", "analysis"},
     {"run"},
     {"commands"},
     {"__main__"},
