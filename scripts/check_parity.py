@@ -13,7 +13,8 @@ full size between two micro-batches of a step.
 
 The recipe `coupled` has dropout and BatchNorm, so that its result depends on how the batch is cut. Its reference holds
 the same W x k micro-batches, each with its own batch statistics and the same masks, in one graph; and the running
-statistics of rank 0 are compared as well: each micro-batch counts once, though it runs twice. It runs in two layouts.
+statistics, a mean over ranks, are compared as well: each micro-batch counts once, though it runs twice. It runs in two
+layouts.
 
 Exit code: 0 equal; 1 not equal: a difference above the tolerance (fp32: 1e-4, fp64: 1e-9), a gradient that stayed, or
 weights that move by less than 1 %, which would prove nothing; 2 it could not run.

@@ -127,7 +127,7 @@ def step_batches(recipe: Recipe, task: Task, *, rank: int, world_size: int, k: i
 class Reference:
     """A literal training: the loss of each step, and for each tensor where it began and how far it went.
 
-    The tensors are the parameters and the running statistics of BatchNorm as rank 0 keeps them.
+    The tensors are the parameters and the running statistics of BatchNorm, as a mean over ranks.
     """
 
     losses: list[float]
@@ -165,16 +165,19 @@ def train_literally(
     _remember("guide", guide, seen)
     parameters = dict(target.named_parameters())
     initial = {name: value.detach().double().clone() for name, value in target.state_dict().items()}
+    ranks = [{name: buffer.clone() for name, buffer in target.named_buffers()} for _ in range(processes)]
     losses = []
     steps = step_batches(recipe, task, rank=0, world_size=1, k=processes * k)
     for step, batches in enumerate(steps):
-        runs = _run_each(batches, target, guide, seen, step=step, seed=recipe.training.seed, processes=processes)
+        runs = _run_each(batches, target, guide, seen, step=step, seed=recipe.training.seed, ranks=ranks)
         loss = _one_loss(runs, recipe)
         gradients = torch.autograd.grad(loss, list(parameters.values()))
         with torch.no_grad():
             for value, gradient in zip(parameters.values(), gradients, strict=True):
                 value.sub_(gradient, alpha=recipe.optimizer.lr)
         losses.append(loss.item())
+    for name, buffer in target.named_buffers():
+        buffer.copy_(torch.stack([rank[name].double() for rank in ranks]).mean(dim=0))
     updates = {name: value.double() - initial[name] for name, value in target.state_dict().items()}
     return Reference(losses, initial, updates)
 
@@ -190,19 +193,24 @@ def _run_each(
     *,
     step: int,
     seed: int,
-    processes: int,
+    ranks: Sequence[dict[str, Tensor]],
 ) -> list[_Run]:
-    """Returns each micro-batch's summed task loss, number of scored terms and rows by layer, all in one graph."""
+    """Returns each micro-batch's summed task loss, number of scored terms and rows by layer, all in one graph.
+
+    Micro-batch g of the global batch belongs to rank g % W, and every rank counts its own alone in its buffers.
+    """
     runs = []
     for g, batch in enumerate(batches):
-        # Micro-batch g of the global batch belongs to rank g % processes, and every rank counts its own alone.
-        for module in target.modules():
-            if isinstance(module, nn.BatchNorm1d):
-                module.track_running_stats = g % processes == 0
+        own = ranks[g % len(ranks)]
+        for name, buffer in own.items():
+            # Another tensor: the graph of the micro-batch before needs the one that it changed.
+            layer, _, kind = name.rpartition(".")
+            setattr(target.get_submodule(layer), kind, buffer.clone())
         torch.manual_seed(int(np.random.SeedSequence([seed, step, g]).generate_state(1)[0]))
         x = batch["input"].double() if batch["input"].is_floating_point() else batch["input"]
         guide(x)
         logits, labels = target(x).flatten(0, -2), batch["target"].flatten()
+        own.update(target.named_buffers())
         # The token 0 is not scored in copy-paste, and no image has a class below 0.
         ignored = 0 if "mask" in batch else -1
         loss = nn.functional.cross_entropy(logits, labels, ignore_index=ignored, reduction="sum")

@@ -19,6 +19,7 @@ from scale_guide.config import Recipe
 from scale_guide.engine import Engine
 from scale_guide.guidance import Guidance
 from scale_guide.guide import Guide
+from scale_guide.reading import Draws
 from scale_guide.statistics import Statistics
 from scale_guide.tasks import Task
 
@@ -96,13 +97,13 @@ def _divide_by_local_count() -> None:
 
 
 def _draw_other_masks_first() -> None:
-    right = trainer._forward
+    right = Draws.seed_of
 
-    def forward(*args: Any, seed: int, **kwargs: Any) -> Any:
+    def seed_of(self: Draws, j: int, *stream: int) -> int:
         first_pass = not torch.is_grad_enabled()
-        return right(*args, seed=seed + first_pass, **kwargs)
+        return right(self, j, *stream) + first_pass
 
-    trainer._forward = forward
+    Draws.seed_of = seed_of  # type: ignore[method-assign]
 
 
 def measure(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from launching import finish, start
 from safetensors.torch import load_file
 
@@ -38,9 +39,10 @@ def test_two_then_four_then_one_process(launch: str, tmp_path: Path) -> None:
     left = sorted(p.name for p in (tmp_path / "changed/checkpoints").iterdir())
     assert left == ["step_00000006", "step_00000009"], "the copy made for other processes is gone"
     whole, changed = (load_file(tmp_path / name / "target/model.safetensors") for name in ("whole", "changed"))
-    for name in whole:
-        # By tensor: where a unit is nearly dead, Adam makes rounding errors of its gradient larger than others.
-        assert (changed[name] - whole[name]).norm() < 1e-3 * whole[name].norm(), name
+    # Where a unit is nearly dead, Adam makes the rounding of its gradient as large as others: a few weights may
+    # differ. Without the moments all would, by a share of the learning rate.
+    off = torch.cat([(changed[name] - whole[name]).abs().flatten() > 1e-4 for name in whole])
+    assert off.float().mean() < 0.02
     lines = [[line for line in read_metrics(tmp_path / n) if "task_loss" in line] for n in ("whole", "changed")]
     for ours, theirs in zip(*lines, strict=True):
         assert ours["task_loss"] == pytest.approx(theirs["task_loss"], rel=1e-4)
