@@ -77,10 +77,10 @@ def test_with_and_without_guidance(weight: str, accumulation: str, tmp_path: Pat
     check(tmp_path / "run", 1, "target layer breaking")
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2", "cpu")]
 
 
-@pytest.mark.parametrize("launch", ["cpu", *SLOW, "zero3"])
+@pytest.mark.parametrize("launch", [*SLOW, "zero3"])
 def test_on_one_rank_of_two(launch: str, tmp_path: Path) -> None:
     """The other rank skips too, and both go on: no rank waits for another."""
     config = ["--config", recipe(tmp_path, target=True, guide=False), "--run_dir", str(tmp_path / "run")]

@@ -35,7 +35,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     assert all(row["kept"] == 0 for row in found["rows"] if row["engine"] == "zero3")
 
 
-@pytest.mark.parametrize("bug", ["world", "centre", "count"])
+@pytest.mark.parametrize("bug", ["world", *(pytest.param(b, marks=pytest.mark.slow) for b in ("centre", "count"))])
 def test_planted_bug_is_seen(bug: str, tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     done = check_parity(f"--break={bug}", "--tasks=copy_paste", "--accumulation=1,3", f"--json={figures}")
@@ -47,7 +47,7 @@ def test_planted_bug_is_seen(bug: str, tmp_path: Path) -> None:
     assert min(row["update"] for row in rows) > 1e-3
 
 
-@pytest.mark.parametrize("bug", ["masks", "running"])
+@pytest.mark.parametrize("bug", ["masks", pytest.param("running", marks=pytest.mark.slow)])
 def test_planted_bug_of_the_two_passes_is_seen(bug: str, tmp_path: Path) -> None:
     """Already on one process: other dropout masks in the first pass, and BatchNorm counting in both."""
     figures = tmp_path / "figures.json"

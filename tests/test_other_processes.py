@@ -20,7 +20,6 @@ guide: {name: deep_fcn, options: {depth: 2, first_width: 24, width: 24, batch_no
 optimizer: {name: adamw, lr: 0.01, weight_decay: 0.01}
 training: {batch_size: 64, micro_batch_size: 16, num_workers: 0, log_every: 1}
 """
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("cpu", "zero1", "zero2")]
 
 
 def train(launch: str, num_processes: int, recipe: Path, run: Path, steps: int) -> str:
@@ -28,7 +27,8 @@ def train(launch: str, num_processes: int, recipe: Path, run: Path, steps: int) 
     return finish(start(launch, "--num_processes", str(num_processes), "-m", "scale_guide", "train", *options))
 
 
-@pytest.mark.parametrize("launch", [*SLOW, "zero3"])
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", ["cpu", "zero1", "zero2", "zero3"])
 def test_two_then_four_then_one_process(launch: str, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
