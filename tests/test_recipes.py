@@ -52,8 +52,7 @@ SEQUENCES = ["--training.batch_size=8"]
 WORDS = ["--task.options={{data: {words}, context_length: 20}}", *SEQUENCES]
 GENERATED = ["--task.options.num_train=300", "--task.options.num_validation=20"]
 OPTIONS = {
-    "effective_batch": ["--only=64_unguided,64_micro_batch,1024_exact", *NARROW[1:], "--target.options.depth=2"]
-    + ["--guide.name=deep_fcn", "--guide.options.depth=2"],
+    "effective_batch": [
         "--only=64_unguided,64_micro_batch,1024_exact",
         *NARROW[1:],
         "--target.options.depth=2",
